@@ -1,0 +1,162 @@
+"""Every tensor of every Gemma 4 checkpoint, computed from its config: name, dtype and shape, without a byte of weights.
+
+One description of the model (`parameters.modules`) is written out in each layout that Google publishes. The planner adds up these tensors, the tiny
+and the full-size random checkpoints are built from them, and the tests compare them with the published files' inventories.
+
+Dtypes are safetensors' names (F32, BF16, U8, I8, I32, I64) or, in a GGUF, ggml's (F32, BF16, Q4_0, Q6_K).
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from gemma_qat_kit.parameters import Module, layer_modules, modules
+
+# Bytes per group and weights per group of each dtype (ggml: gguf-py's GGML_QUANT_SIZES).
+GROUP_BYTES = {"F32": (4, 1), "BF16": (2, 1), "F16": (2, 1), "U8": (1, 1), "I8": (1, 1), "I32": (4, 1), "I64": (8, 1),
+               "Q4_0": (18, 32), "Q6_K": (210, 256), "Q8_0": (34, 32)}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of a checkpoint file; `shape` is PyTorch's order, slowest axis first, in a GGUF too."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_values(self) -> int:
+        """Number of stored elements (bytes of packed codes count as one each)."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        group_bytes, group_size = GROUP_BYTES[self.dtype]
+        return self.num_values // group_size * group_bytes
+
+
+def is_text(name: str) -> bool:
+    """Tell whether a tensor or module belongs to the language model rather than to a tower or projector."""
+    return ".language_model." in name or name.startswith("lm_head")
+
+
+def bf16_tensors(config: dict, *, has_shared_kv: bool = True) -> Iterator[Tensor]:
+    """Yield the tensors of a bf16 checkpoint; `has_shared_kv=False` is how the QAT ones of E2B and E4B leave them out."""
+    for module in modules(config):
+        if has_shared_kv or not module.is_kv_shared:
+            yield Tensor(module.name + ("" if module.kind == "plain" else ".weight"), "BF16", module.shape)
+
+
+def w4a16_tensors(config: dict) -> Iterator[Tensor]:
+    """Yield the tensors of a compressed-tensors checkpoint: text linears as int4 groups of 32, the rest bf16."""
+    for module in modules(config):
+        if module.is_kv_shared:
+            continue
+        if module.kind == "linear" and is_text(module.name):
+            out_features, in_features = module.shape
+            yield Tensor(module.name + ".weight_packed", "I32", (out_features, in_features // 8))
+            yield Tensor(module.name + ".weight_scale", "BF16", (out_features, in_features // 32))
+            yield Tensor(module.name + ".weight_shape", "I64", (2,))
+        else:
+            yield Tensor(module.name + ("" if module.kind == "plain" else ".weight"), "BF16", module.shape)
+    yield Tensor("lm_head.weight", "BF16", _head_shape(config))
+
+
+def mobile_bits(config: dict, name: str) -> int | None:
+    """Return the bits that a mobile config gives to a linear or embedding, or None where it stays a float."""
+    quantization = config["quantization_config"]
+    if any(part in name for part in quantization["modules_to_not_convert"]):
+        return None
+    patterns = quantization["module_quant_configs"]
+    return next((rule["num_bits"] for pattern, rule in patterns.items() if re.search(pattern, name)), 4)
+
+
+def mobile_tensors(config: dict) -> Iterator[Tensor]:
+    """Yield the tensors of a mobile checkpoint: packed codes, a float32 scale per output row, static activation scales."""
+    for module in [*modules(config), Module("lm_head", _head_shape(config), "linear")]:
+        bits = mobile_bits(config, module.name) if module.kind != "plain" else None
+        if module.kind == "embedding":
+            rows, width = module.shape
+            layers = config["text_config"]["num_hidden_layers"] if "per_layer" in module.name else 1
+            yield Tensor(module.name + ".embedding_quantized", "U8", (rows, width * bits // 8))
+            yield Tensor(module.name + ".embedding_scale", "F32", (rows, layers))
+        elif bits:
+            out_features, in_features = module.shape
+            yield Tensor(module.name + ".weight", "I8" if bits == 8 else "U8", (out_features, in_features * bits // 8))
+            yield Tensor(module.name + ".weight_scale", "F32", (out_features, 1))
+            yield Tensor(module.name + ".input_activation_scale", "F32", ())
+            yield Tensor(module.name + ".output_activation_scale", "F32", ())
+        elif not module.is_kv_shared:
+            is_float32 = not is_text(module.name) and ".vision_tower." not in module.name
+            name = module.name + (".weight" if module.kind == "linear" else "")
+            yield Tensor(name, "F32" if is_float32 else "BF16", module.shape)
+    for index in range(config["text_config"]["num_hidden_layers"]):
+        for part in ("k_cache_scale", "v_cache_scale"):
+            yield Tensor(f"model.language_model.layers.{index}.self_attn.{part}", "F32", ())
+
+
+def _head_shape(config: dict) -> tuple[int, int]:
+    return config["text_config"]["vocab_size"], config["text_config"]["hidden_size"]
+
+
+def drafter_tensors(config: dict) -> Iterator[Tensor]:
+    """Yield the tensors of an MTP drafter: four text layers without keys and values, and the two projections around them."""
+    text, backbone = config["text_config"], config["backbone_hidden_size"]
+    hidden = text["hidden_size"]
+    yield Tensor("model.embed_tokens.weight", "BF16", (text["vocab_size"], hidden))
+    for index in range(text["num_hidden_layers"]):
+        for module in layer_modules(text, index, f"model.layers.{index}."):
+            if not module.is_kv_shared:
+                yield Tensor(module.name + ("" if module.kind == "plain" else ".weight"), "BF16", module.shape)
+    yield Tensor("model.norm.weight", "BF16", (hidden,))
+    yield Tensor("pre_projection.weight", "BF16", (hidden, 2 * backbone))
+    yield Tensor("post_projection.weight", "BF16", (backbone, hidden))
+    if config["use_ordered_embeddings"]:
+        yield Tensor("masked_embedding.centroids.weight", "BF16", (config["num_centroids"], hidden))
+        yield Tensor("masked_embedding.token_ordering", "I64", (text["vocab_size"],))
+
+
+# Hugging Face name inside a layer (or the model) -> name in a GGUF (llama.cpp's gemma4 graph).
+GGUF_NAMES = {
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm", "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm", "post_feedforward_layernorm": "post_ffw_norm",
+    "pre_feedforward_layernorm_2": "pre_ffw_norm_2", "post_feedforward_layernorm_1": "post_ffw_norm_1",
+    "post_feedforward_layernorm_2": "post_ffw_norm_2", "layer_scalar": "layer_output_scale",
+    "per_layer_input_gate": "inp_gate", "per_layer_projection": "proj", "post_per_layer_input_norm": "post_norm",
+    "experts.gate_up_proj": "ffn_gate_up_exps", "experts.down_proj": "ffn_down_exps", "router.proj": "ffn_gate_inp",
+    "router.scale": "ffn_gate_inp.scale", "router.per_expert_scale": "ffn_down_exps.scale",
+    "embed_tokens": "token_embd", "embed_tokens_per_layer": "per_layer_token_embd",
+    "per_layer_model_projection": "per_layer_model_proj", "per_layer_projection_norm": "per_layer_proj_norm",
+    "norm": "output_norm",
+}  # fmt: skip
+
+
+def gguf_name(name: str) -> str:
+    """Return the GGUF name of a text parameter, given its module or tensor name."""
+    name = name.removeprefix("model.language_model.").removesuffix(".weight")
+    block, part = "", name
+    if match := re.fullmatch(r"layers\.(\d+)\.(.+)", name):
+        block, part = f"blk.{match[1]}.", match[2]
+    short = GGUF_NAMES[part]
+    return block + short + ("" if short.endswith(".scale") else ".weight")
+
+
+def gguf_tensors(config: dict) -> Iterator[Tensor]:
+    """Yield the tensors of Google's Q4_0 GGUF: Q4_0 matrices, Q6_K embeddings, a BF16 projection, F32 for the rest."""
+    yield Tensor("rope_freqs.weight", "F32", (config["text_config"]["global_head_dim"] // 2,))
+    for module in modules(config):
+        if not is_text(module.name) or module.is_kv_shared:
+            continue
+        if module.kind == "embedding":
+            dtype = "Q6_K"
+        elif module.name.endswith("per_layer_model_projection"):
+            dtype = "BF16"
+        else:
+            dtype = "Q4_0" if module.kind == "linear" or ".experts." in module.name else "F32"
+        yield Tensor(gguf_name(module.name), dtype, module.shape)
