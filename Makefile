@@ -1,0 +1,31 @@
+# `make lab` opens JupyterLab on the first notebook; `make test` runs everything that CI runs. Nothing before them.
+PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11 python,\
+  $(if $(shell $(p) -c 'import sys; sys.version_info >= (3, 11) and print("yes")' 2>/dev/null),$(p))))
+NOTEBOOK ?= notebooks/00_start_here.ipynb
+# More for JupyterLab, as in: make lab JUPYTER_ARGS="--no-browser --port=9999"
+JUPYTER_ARGS ?=
+QUIET_LAB = --LabApp.news_url= --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate
+AS_ROOT = $(if $(filter 0,$(shell id -u)),--allow-root)
+OVERLAY = PYTHONPATH=$(CURDIR)/.overlays/$(1) GQK_OVERLAY=$(1) .venv/bin/python -m pytest tests/test_overlays.py
+
+.PHONY: lab test clean python
+
+lab: python
+	@$(PYTHON) scripts/setup.py lab
+	.venv/bin/python -m jupyterlab $(NOTEBOOK) $(QUIET_LAB) $(AS_ROOT) $(JUPYTER_ARGS)
+
+test: python
+	@$(PYTHON) scripts/setup.py test
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/python -m pytest
+	$(call OVERLAY,transformers-5.15.0) tests/test_load.py
+	$(call OVERLAY,transformers-5.23.0) tests/test_load.py
+	$(call OVERLAY,colab) tests/test_widgets.py tests/test_notebooks.py
+
+# Back to a fresh clone: removes what the two commands above installed.
+clean:
+	rm -rf .venv .overlays build *.egg-info .pytest_cache .ruff_cache .hypothesis
+
+python:
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer on PATH. Install one, or name it: make lab PYTHON=/path/to/python3"; exit 1; }
