@@ -1,0 +1,177 @@
+"""Which formats will work on a machine, in which sizes, and why not the others; judged before any download.
+
+The need is an estimate: the weights once they are loaded, and memory to work in. It is made to tell E2B from 31B at a
+glance; `plan_memory` counts tensor by tensor.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from gemma_qat_kit.architectures import hf_config
+from gemma_qat_kit.catalog import BUILT_IN_SIZE, KNOWN_FORMATS, Checkpoint, catalog, find_checkpoint
+from gemma_qat_kit.layouts import is_text
+from gemma_qat_kit.machine import Gpu
+from gemma_qat_kit.parameters import modules
+
+# What each engine needs beside the checkpoint's own list; the bounds are those of pyproject.toml.
+ENGINE_REQUIRES = {"transformers": ("torch>=2.6", "transformers>=5.15", "accelerate>=1.0"), "llama_cpp": ()}
+# Memory beside the weights. Measured: 0.47 GiB private to llama.cpp with E2B; 0.3 GiB for torch and transformers, about
+# 0.5 GiB for a CUDA context, the rest for the cache at 4,096 tokens and the activations.
+WORKING_BYTES = {"transformers": 3 * 2**29, "llama_cpp": 2**29}
+# Bytes per weight of what bitsandbytes makes: 4 bits and a float32 scale for 64 of them; 8 bits.
+MADE_BYTES = {"nf4": 0.5 + 4 / 64, "int8": 1.0}
+# Unpacking the mobile head takes about 4 bytes per weight of it: E2B peaked at 5.5 GiB, 3.2 more than its file.
+MOBILE_HEAD_BYTES = 4
+
+
+class Machine(Protocol):
+    """What a verdict needs to know of a machine; `environment.Environment` knows it."""
+
+    ram_available_bytes: int | None
+    disk_free_bytes: int | None
+    gpu: Gpu | None
+    gpus: tuple[Gpu, ...]
+    libraries: Mapping[str, str | None]
+    downloaded: frozenset[str]
+
+
+@dataclass(frozen=True)
+class FormatVerdict:
+    """Whether a format works here, in which sizes, and in words how, or why not and what to do."""
+
+    format: str
+    works: bool
+    sizes: tuple[str, ...]
+    reason: str
+
+
+def judge_formats(here: Machine) -> tuple[FormatVerdict, ...]:
+    """Judge every format for a machine, in the catalog's order, the built-in model last."""
+    return tuple(_judge(format, here) for format in KNOWN_FORMATS)
+
+
+def missing_requirements(here: Machine) -> list[str]:
+    """List what this machine lacks for checkpoints that would fit it, as in "bitsandbytes>=0.48", each once."""
+    rows = (row for row in catalog(role="chat") if row.is_available and _device(row, here))
+    needs = (need for row in rows for need in _lacks(row, here.libraries))
+    return list(dict.fromkeys(needs))
+
+
+def needed_bytes(row: Checkpoint) -> int:
+    """Estimate the memory that a checkpoint takes while it answers: its weights once loaded, and memory to work in."""
+    weights = row.weights_bytes
+    if row.format == "w4a16":  # transformers unpacks it to bf16 at the first forward
+        weights = find_checkpoint(row.size, "bf16").weights_bytes
+    elif row.made_from:
+        linears = (m for m in modules(hf_config(row.size)) if m.kind == "linear" and is_text(m.name))
+        saved = sum(math.prod(module.shape) for module in linears) * (2 - MADE_BYTES[row.format])
+        weights -= int(saved)
+    elif row.format == "mobile":
+        text = hf_config(row.size, "mobile")["text_config"]
+        weights += MOBILE_HEAD_BYTES * text["vocab_size"] * text["hidden_size"]
+    return weights + WORKING_BYTES[row.engine]
+
+
+def _judge(format: str, here: Machine) -> FormatVerdict:
+    rows = [row for row in catalog(format=format, role="chat") if row.is_available]
+    fitting = [row for row in rows if _device(row, here)]
+    if not fitting:
+        return FormatVerdict(format, False, (), _why_too_big(rows[0], here))
+    ready = {row.size: _device(row, here) for row in fitting if not _lacks(row, here.libraries)}
+    if not ready:
+        lacks = _with_versions(_lacks(fitting[0], here.libraries), here.libraries)
+        return FormatVerdict(format, False, (), f"needs {lacks}; then {', '.join(row.size for row in fitting)}")
+    return FormatVerdict(format, True, tuple(ready), _how(format, ready, here))
+
+
+def _device(row: Checkpoint, here: Machine) -> str | None:
+    """Where the checkpoint would run, None where memory or disk is too small for it."""
+    return _memory_for(row, here) if _has_disk(row, here) else None
+
+
+def _memory_for(row: Checkpoint, here: Machine) -> str | None:
+    """Name the memory that is big enough: "GPU", "CPU" (also where free memory is unknown) or None."""
+    need = needed_bytes(row)
+    if row.engine == "transformers" and here.gpu and need <= here.gpu.free_bytes:
+        return "GPU"
+    return "CPU" if here.ram_available_bytes is None or need <= here.ram_available_bytes else None
+
+
+def _has_disk(row: Checkpoint, here: Machine) -> bool:
+    if row.repo_id is None or row.repo_id in here.downloaded or here.disk_free_bytes is None:
+        return True
+    return row.weights_bytes <= here.disk_free_bytes
+
+
+def _how(format: str, devices: dict[str, str], here: Machine) -> str:
+    """Say where the sizes run, and what to expect of it."""
+    on_gpu = "on the GPU" if not here.gpu or here.gpu.has_bf16 else "on the GPU in float16"
+    on_cpu = [size for size, device in devices.items() if device == "CPU"]
+    if not on_cpu:
+        words = on_gpu
+    elif len(on_cpu) == len(devices):
+        words = "on the CPU"
+    else:
+        words = f"{on_gpu}, but {', '.join(on_cpu)} on the CPU"
+    if format == "q4_0" and here.gpu:
+        words += "; on the GPU with a CUDA build of xllamacpp"
+    return words + {"mobile": "; slow, a reference", "w4a16": "; unpacked to 16 bits in memory"}.get(format, "")
+
+
+def _why_too_big(row: Checkpoint, here: Machine) -> str:
+    """Say what the smallest size lacks, and what to do."""
+    if _memory_for(row, here):
+        size, free = gibibytes(row.weights_bytes), gibibytes(here.disk_free_bytes)
+        return f"{row.size} is a download of {size}, disk {free} free; free some or set HF_HOME to a bigger disk"
+    free = f"RAM {gibibytes(here.ram_available_bytes)}"
+    if here.gpu:
+        free += f" and GPU {gibibytes(here.gpu.free_bytes)}"
+    return f"{row.size} needs about {gibibytes(needed_bytes(row))}, {free} free; {_instead(row, here)}"
+
+
+def _instead(row: Checkpoint, here: Machine) -> str:
+    """Name the nearest thing that does work here."""
+    for smaller in (find_checkpoint("E2B", "q4_0"), find_checkpoint(BUILT_IN_SIZE)):
+        if smaller != row and _device(smaller, here):
+            return f"take {smaller.size if smaller.size == BUILT_IN_SIZE else smaller.key}"
+    return "close other notebooks or take a machine with more"
+
+
+def _lacks(row: Checkpoint, libraries: Mapping[str, str | None]) -> list[str]:
+    """List the requirements of a checkpoint that are missing or too old; of two for one library, the stricter."""
+    strictest: dict[str, str] = {}
+    for need in (*ENGINE_REQUIRES[row.engine], *row.requires):
+        name, _, minimum = need.partition(">=")
+        strictest[name] = max(strictest.get(name, "0"), minimum, key=_release)
+    needs = (f"{name}>={minimum}" for name, minimum in strictest.items())
+    return [need for need in needs if not _is_met(need, libraries)]
+
+
+def _is_met(requirement: str, libraries: Mapping[str, str | None]) -> bool:
+    name, _, minimum = requirement.partition(">=")
+    version = libraries.get(name)
+    return version is not None and _release(version) >= _release(minimum)
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """Read the numbers of a version, as in "2.11.0+cu128" -> (2, 11, 0)."""
+    return tuple(int(number) for number in re.match(r"[\d.]*", version)[0].strip(".").split(".") if number)
+
+
+def _with_versions(needs: Iterable[str], libraries: Mapping[str, str | None]) -> str:
+    named = []
+    for need in needs:
+        version = libraries.get(need.partition(">=")[0])
+        named.append(f"{need} (here: {version})" if version else need)
+    return ", ".join(named)
+
+
+def gibibytes(count: int | None) -> str:
+    """Write bytes in GiB (2**30) with three significant digits, "unknown" for None."""
+    if count is None:
+        return "unknown"
+    value = count / 2**30
+    return f"{value:,.0f} GiB" if value >= 100 else f"{f'{value:#.3g}'.rstrip('.')} GiB"
