@@ -1,3 +1,38 @@
-"""Load, measure, train, export and chat with Google's Gemma 4 QAT checkpoints, in a notebook."""
+"""Load, measure, train, export and chat with Google's Gemma 4 QAT checkpoints, in a notebook.
+
+Nothing here imports torch or transformers: a name is imported when it is first used.
+"""
+
+import importlib
+import sys
+import types
 
 __version__ = "0.1.0"
+__all__ = ["Model", "Reply", "catalog", "environment", "load", "plan_memory", "testing", "widgets"]
+
+_MODULE_OF = {"Model": "model", "Reply": "generation", "catalog": "catalog", "environment": "environment",
+              "load": "load", "plan_memory": "memory"}  # fmt: skip
+
+
+class _Package(types.ModuleType):
+    """This package. Where a function has its module's name (`load.load`), the name here is the function."""
+
+    def __getattr__(self, name: str):
+        if name in ("testing", "widgets"):
+            return importlib.import_module(f"gemma_qat_kit.{name}")
+        if name not in _MODULE_OF:
+            raise AttributeError(f"gemma_qat_kit has no {name!r}; it has {', '.join(__all__)}")
+        value = getattr(importlib.import_module(f"gemma_qat_kit.{_MODULE_OF[name]}"), name)
+        vars(self)[name] = value
+        return value
+
+    def __setattr__(self, name: str, value: object) -> None:
+        is_module_import = isinstance(value, types.ModuleType) and name in _MODULE_OF
+        if not is_module_import:  # the import system binds each submodule it loads
+            super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*vars(self), *__all__})
+
+
+sys.modules[__name__].__class__ = _Package

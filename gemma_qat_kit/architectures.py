@@ -1,9 +1,11 @@
 """The five Gemma 4 architectures as the config.json of each checkpoint, from one table of what differs.
 
-Keys are the Hugging Face config keys, unchanged. `hf_config` gives the whole config of a size in a format, `drafter_config` that of its
-MTP drafter, and `tiny_config` shrinks either to a few hundred kilobytes without touching a key, which is what the tests load.
+Keys are the Hugging Face config keys, unchanged. `hf_config` gives the whole config of a size in a format,
+`drafter_config` that of its MTP drafter, and `tiny_config` shrinks either to a few hundred kilobytes without touching
+a key, which is what the tests load.
 
-Source: the config.json of google/gemma-4-{E2B,E4B,12B,26B-A4B,31B}-it, -it-assistant and -it-qat-mobile-transformers (2026-06 to 2026-08).
+Source: the config.json of google/gemma-4-{E2B,E4B,12B,26B-A4B,31B}-it, -it-assistant and -it-qat-mobile-transformers
+    (2026-06 to 2026-08).
 """
 
 import copy
@@ -265,11 +267,13 @@ def drafter_config(size: str) -> dict:
     target = hf_config(size)
     text, small = target["text_config"], size in MOBILE_SIZES
     unified = "Unified" if size == "12B" else ""
-    hidden = {"hidden_size": 256, "intermediate_size": 2048, "num_attention_heads": 4, "use_bidirectional_attention": None} if small else {
-        "hidden_size": 1024, "intermediate_size": 8192, "use_bidirectional_attention": None}  # fmt: skip
+    hidden = {"hidden_size": 1024, "intermediate_size": 8192}
+    if small:
+        hidden = {"hidden_size": 256, "intermediate_size": 2048, "num_attention_heads": 4}
     fixed = {"enable_moe_block": False, "final_logit_softcapping": None, "hidden_size_per_layer_input": 0,
              "moe_intermediate_size": None, "num_experts": None, "num_hidden_layers": 4, "num_kv_shared_layers": 4,
-             "top_k_experts": None, "use_double_wide_mlp": False, "vocab_size_per_layer_input": 0}  # fmt: skip
+             "top_k_experts": None, "use_bidirectional_attention": None, "use_double_wide_mlp": False,
+             "vocab_size_per_layer_input": 0}  # fmt: skip
     return {
         "architectures": [f"Gemma4{unified}AssistantForCausalLM"],
         **{key: value for key, value in _TOKENS.items() if key not in ("eoa_token_index", "video_token_id")},

@@ -1,6 +1,5 @@
 """Errors a user meets: each says what is wrong, what is allowed, and what to do next."""
 
-import difflib
 from collections.abc import Iterable
 
 
@@ -78,7 +77,12 @@ def unknown_name(kind: str, value: object, known: Iterable[str]) -> UnknownNameE
         known: Every name that is right, in the order to show them.
     """
     known = list(known)
-    lowered = {name.lower(): name for name in known}
-    near = difflib.get_close_matches(str(value).lower(), lowered, n=1, cutoff=0.3)
+    import difflib
+
+    lowered, wanted = {name.lower(): name for name in known}, str(value).lower()
+    near = [name for name in lowered if wanted and name.startswith(wanted)]
+    near = near or difflib.get_close_matches(wanted, lowered, n=1, cutoff=0.3)
     suggestion = lowered[near[0]] if near else known[0]
-    return UnknownNameError(f"Unknown {kind} {value!r}.", f"Known: {', '.join(known)}.", f"Did you mean {suggestion!r}?")
+    return UnknownNameError(
+        f"Unknown {kind} {value!r}.", f"Known: {', '.join(known)}.", f"Did you mean {suggestion!r}?"
+    )

@@ -1,7 +1,8 @@
 """Every tensor of every Gemma 4 checkpoint, computed from its config: name, dtype and shape, without a byte of weights.
 
-One description of the model (`parameters.modules`) is written out in each layout that Google publishes. The planner adds up these tensors, the tiny
-and the full-size random checkpoints are built from them, and the tests compare them with the published files' inventories.
+One description of the model (`parameters.modules`) is written out in each layout that Google publishes. The planner
+adds up these tensors, the tiny and the full-size random checkpoints are built from them, and the tests compare them
+with the published files' inventories.
 
 Dtypes are safetensors' names (F32, BF16, U8, I8, I32, I64) or, in a GGUF, ggml's (F32, BF16, Q4_0, Q6_K).
 """
@@ -44,7 +45,7 @@ def is_text(name: str) -> bool:
 
 
 def bf16_tensors(config: dict, *, has_shared_kv: bool = True) -> Iterator[Tensor]:
-    """Yield the tensors of a bf16 checkpoint; `has_shared_kv=False` is how the QAT ones of E2B and E4B leave them out."""
+    """Yield the tensors of a bf16 checkpoint; `has_shared_kv=False` as the QAT ones of E2B and E4B have it."""
     for module in modules(config):
         if has_shared_kv or not module.is_kv_shared:
             yield Tensor(module.name + ("" if module.kind == "plain" else ".weight"), "BF16", module.shape)
@@ -62,7 +63,7 @@ def w4a16_tensors(config: dict) -> Iterator[Tensor]:
             yield Tensor(module.name + ".weight_shape", "I64", (2,))
         else:
             yield Tensor(module.name + ("" if module.kind == "plain" else ".weight"), "BF16", module.shape)
-    yield Tensor("lm_head.weight", "BF16", _head_shape(config))
+    yield Tensor("lm_head.weight", "BF16", head_shape(config))
 
 
 def mobile_bits(config: dict, name: str) -> int | None:
@@ -75,8 +76,8 @@ def mobile_bits(config: dict, name: str) -> int | None:
 
 
 def mobile_tensors(config: dict) -> Iterator[Tensor]:
-    """Yield the tensors of a mobile checkpoint: packed codes, a float32 scale per output row, static activation scales."""
-    for module in [*modules(config), Module("lm_head", _head_shape(config), "linear")]:
+    """Yield the tensors of a mobile checkpoint: packed codes, a scale per output row, static activation scales."""
+    for module in [*modules(config), Module("lm_head", head_shape(config), "linear")]:
         bits = mobile_bits(config, module.name) if module.kind != "plain" else None
         if module.kind == "embedding":
             rows, width = module.shape
@@ -98,12 +99,13 @@ def mobile_tensors(config: dict) -> Iterator[Tensor]:
             yield Tensor(f"model.language_model.layers.{index}.self_attn.{part}", "F32", ())
 
 
-def _head_shape(config: dict) -> tuple[int, int]:
+def head_shape(config: dict) -> tuple[int, int]:
+    """Return (words, hidden size) of the output head."""
     return config["text_config"]["vocab_size"], config["text_config"]["hidden_size"]
 
 
 def drafter_tensors(config: dict) -> Iterator[Tensor]:
-    """Yield the tensors of an MTP drafter: four text layers without keys and values, and the two projections around them."""
+    """Yield the tensors of an MTP drafter: four text layers without keys and values between two projections."""
     text, backbone = config["text_config"], config["backbone_hidden_size"]
     hidden = text["hidden_size"]
     yield Tensor("model.embed_tokens.weight", "BF16", (text["vocab_size"], hidden))

@@ -7,12 +7,9 @@ Inside a container psutil and os.cpu_count see the host, but the kernel enforces
 import math
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
@@ -73,7 +70,9 @@ def find_place(environ: Mapping[str, str], *, has_colab_module: bool, is_kernel:
 def read_place() -> str:
     """Name the place that this process runs in."""
     try:
-        has_colab_module = find_spec("google.colab") is not None
+        import importlib.util
+
+        has_colab_module = importlib.util.find_spec("google.colab") is not None
     except (ImportError, ValueError):  # no package "google", or one that is no package
         has_colab_module = False
     return find_place(os.environ, has_colab_module=has_colab_module, is_kernel="ipykernel" in sys.modules)
@@ -160,6 +159,8 @@ def _read_statistics(path: Path) -> dict[str, int]:
 
 def read_gpus() -> tuple[Gpu, ...]:
     """Ask the driver's nvidia-smi for the GPUs that CUDA_VISIBLE_DEVICES leaves; none where it is missing or silent."""
+    import subprocess
+
     try:
         answer = subprocess.run(_GPU_QUERY, capture_output=True, text=True, timeout=5, check=True).stdout
     except (OSError, subprocess.SubprocessError):
@@ -187,6 +188,8 @@ def parse_gpus(answer: str, visible: str | None = None) -> tuple[Gpu, ...]:
 
 def read_libraries(names: Iterable[str] = LIBRARIES) -> dict[str, str | None]:
     """Return the installed version of each library, None where it is missing. Nothing is imported."""
+    from importlib import metadata
+
     versions = {}
     for name in names:
         try:

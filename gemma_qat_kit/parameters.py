@@ -1,6 +1,7 @@
 """Every parameter of a Gemma 4 model, computed from its config: names and shapes, before any layout or format.
 
-Names are those of the bf16 checkpoints (a tower' linear is wrapped, hence `.linear`). `layouts` writes them out as each published file does.
+Names are those of the bf16 checkpoints (a tower' linear is wrapped, hence `.linear`). `layouts` writes them out as
+each published file does.
 """
 
 from collections.abc import Iterator
@@ -15,7 +16,8 @@ class Module:
         name: Module path for a linear or embedding (no ".weight"), full tensor name for a plain tensor.
         shape: Of the weight; a linear's is (out, in).
         kind: "linear", "embedding" or "plain".
-        is_kv_shared: A key/value tensor of a layer that reads another layer's cache: stored by some layouts, used by none.
+        is_kv_shared: A key/value tensor of a layer that reads another layer's cache: stored by some layouts, used by
+            none.
     """
 
     name: str
@@ -120,7 +122,8 @@ def _vision_tower(vision: dict) -> Iterator[Module]:
         layer = f"{prefix}encoder.layers.{index}."
         shapes = {"self_attn.q_proj": (heads, hidden), "self_attn.k_proj": (heads, hidden),
                   "self_attn.v_proj": (heads, hidden), "self_attn.o_proj": (hidden, heads),
-                  "mlp.gate_proj": (mlp, hidden), "mlp.up_proj": (mlp, hidden), "mlp.down_proj": (hidden, mlp)}  # fmt: skip
+                  "mlp.gate_proj": (mlp, hidden), "mlp.up_proj": (mlp, hidden),
+                  "mlp.down_proj": (hidden, mlp)}  # fmt: skip
         for name, shape in shapes.items():
             yield from _tower_linear(layer + name, *shape, vision["use_clipped_linears"])
         yield Module(layer + "self_attn.q_norm.weight", (vision["head_dim"],))

@@ -39,7 +39,9 @@ def progress_bar() -> Iterator[Report]:
     def report(progress: Progress) -> None:
         bar = bars.get(progress.stage)
         if bar is None:
-            bar = bars[progress.stage] = tqdm(desc=progress.stage, unit="B", unit_scale=True, unit_divisor=1024)
+            bar = bars[progress.stage] = tqdm(
+                desc=progress.stage, unit="B", unit_scale=True, unit_divisor=1024, delay=1
+            )
         bar.total = progress.total_bytes
         bar.update(progress.done_bytes - bar.n)
 

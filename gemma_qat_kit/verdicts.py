@@ -1,30 +1,16 @@
-"""Which formats will work on a machine, in which sizes, and why not the others; judged before any download.
+"""Which formats will work on a machine, in which sizes, and why not the others; judged before any download."""
 
-The need is an estimate: the weights once they are loaded, and memory to work in. It is made to tell E2B from 31B at a
-glance; `plan_memory` counts tensor by tensor.
-"""
-
-import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from gemma_qat_kit.architectures import hf_config
 from gemma_qat_kit.catalog import BUILT_IN_SIZE, KNOWN_FORMATS, Checkpoint, catalog, find_checkpoint
-from gemma_qat_kit.layouts import is_text
 from gemma_qat_kit.machine import Gpu
-from gemma_qat_kit.parameters import modules
+from gemma_qat_kit.memory import plan_memory
 
 # What each engine needs beside the checkpoint's own list; the bounds are those of pyproject.toml.
 ENGINE_REQUIRES = {"transformers": ("torch>=2.6", "transformers>=5.15", "accelerate>=1.0"), "llama_cpp": ()}
-# Memory beside the weights. Measured: 0.47 GiB private to llama.cpp with E2B; 0.3 GiB for torch and transformers, about
-# 0.5 GiB for a CUDA context, the rest for the cache at 4,096 tokens and the activations.
-WORKING_BYTES = {"transformers": 3 * 2**29, "llama_cpp": 2**29}
-# Bytes per weight of what bitsandbytes makes: 4 bits and a float32 scale for 64 of them; 8 bits.
-MADE_BYTES = {"nf4": 0.5 + 4 / 64, "int8": 1.0}
-# Unpacking the mobile head takes about 4 bytes per weight of it: E2B peaked at 5.5 GiB, 3.2 more than its file.
-MOBILE_HEAD_BYTES = 4
 
 
 class Machine(Protocol):
@@ -61,18 +47,8 @@ def missing_requirements(here: Machine) -> list[str]:
 
 
 def needed_bytes(row: Checkpoint) -> int:
-    """Estimate the memory that a checkpoint takes while it answers: its weights once loaded, and memory to work in."""
-    weights = row.weights_bytes
-    if row.format == "w4a16":  # transformers unpacks it to bf16 at the first forward
-        weights = find_checkpoint(row.size, "bf16").weights_bytes
-    elif row.made_from:
-        linears = (m for m in modules(hf_config(row.size)) if m.kind == "linear" and is_text(m.name))
-        saved = sum(math.prod(module.shape) for module in linears) * (2 - MADE_BYTES[row.format])
-        weights -= int(saved)
-    elif row.format == "mobile":
-        text = hf_config(row.size, "mobile")["text_config"]
-        weights += MOBILE_HEAD_BYTES * text["vocab_size"] * text["hidden_size"]
-    return weights + WORKING_BYTES[row.engine]
+    """Return the least memory that a checkpoint answers in, by the plan for a short conversation."""
+    return plan_memory(row.size, row.format, context_length=2048).resident_bytes
 
 
 def _judge(format: str, here: Machine) -> FormatVerdict:

@@ -41,7 +41,7 @@ def test_missing_google_package_is_no_colab(monkeypatch):
         raise ModuleNotFoundError("No module named 'google'")
 
     monkeypatch.setattr(machine.os, "environ", {})
-    monkeypatch.setattr(machine, "find_spec", fail)
+    monkeypatch.setattr("importlib.util.find_spec", fail)
     assert machine.read_place() in ("python", "jupyter")
 
 
@@ -189,7 +189,7 @@ def test_silent_driver_means_no_gpu(monkeypatch, error):
     def fail(command, **options):
         raise error
 
-    monkeypatch.setattr(machine.subprocess, "run", fail)
+    monkeypatch.setattr(subprocess, "run", fail)
     assert machine.read_gpus() == ()
 
 
@@ -200,7 +200,7 @@ def test_the_driver_is_asked_with_a_list_and_a_timeout(monkeypatch):
         asked.update(command=command, **options)
         return SimpleNamespace(stdout=ANSWER)
 
-    monkeypatch.setattr(machine.subprocess, "run", answer)
+    monkeypatch.setattr(subprocess, "run", answer)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     assert [gpu.name for gpu in machine.read_gpus()] == ["Tesla T4"]
     assert asked["command"][0] == "nvidia-smi"

@@ -1,0 +1,422 @@
+"""Run a folder of safetensors with transformers: the reference for every layout, and what trains."""
+
+import gc
+import queue
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from gemma_qat_kit.architectures import GEMMA_SIZES, MOBILE_SIZES, hf_config
+from gemma_qat_kit.checkpoint import read_config
+from gemma_qat_kit.engines import transformers_traps as traps
+from gemma_qat_kit.errors import BadSettingError, BrokenCheckpointError, MissingLibraryError, ModelClosedError
+from gemma_qat_kit.generation import STOP_IDS, Delta, Finish, Message, Settings
+from gemma_qat_kit.progress import Progress, Report
+
+_LIBRARIES = {"w4a16": ("compressed_tensors", "compressed-tensors"), "nf4": ("bitsandbytes",) * 2,
+              "int8": ("bitsandbytes",) * 2}  # fmt: skip
+
+
+class UnknownConfigKeyWarning(UserWarning):
+    """A config.json has a key that neither the kit nor this transformers release knows."""
+
+
+class TransformersEngine:
+    """A Gemma 4 checkpoint loaded by transformers.
+
+    Args:
+        folder: config.json, safetensors and tokenizer.
+        format: As in the catalog; "nf4" and "int8" quantize a 16-bit checkpoint with bitsandbytes while it is read.
+        context_length: Tokens of prompt and answer together.
+        text_only: Leave the vision and audio towers unread.
+        drafter: Folder of the MTP drafter to generate with, or None.
+        device: "auto", "cpu", "cuda" or "cuda:1".
+        report: Told how much of the weights is loaded.
+        weight_bytes: Bytes of the weights to load, to scale the report with.
+
+    Raises:
+        MissingLibraryError: A library that the format needs is missing or too old.
+        BrokenCheckpointError: Tensors are missing or have other shapes than config.json says.
+    """
+
+    name = "transformers"
+
+    def __init__(
+        self,
+        folder: Path,
+        format: str,
+        *,
+        context_length: int,
+        text_only: bool = True,
+        drafter: Path | None = None,
+        device: str = "auto",
+        report: Report | None = None,
+        weight_bytes: int | None = None,
+    ):
+        _require_libraries(format, drafter)
+        import torch
+        from transformers import AutoTokenizer
+
+        self.device = (
+            torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else torch.device(device)
+        )
+        self.dtype = best_dtype(self.device)
+        self.context_length = context_length
+        config = _load_config(folder, text_only)
+        with traps.repaired(), _reporting(report, weight_bytes):
+            self.model = _load_model(folder, config, self.dtype, self.device, _quantization(format, self.dtype))
+            self.drafter = _load_drafter(drafter, self.dtype, self.device) if drafter else None
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.processor = self.tokenizer if text_only else _load_processor(folder)
+        self._lock = threading.Lock()  # two cells may use one model: one after the other
+
+    @property
+    def hf(self) -> tuple:
+        """The plain (model, processor) of transformers; the processor of a text-only load is its tokenizer."""
+        return self.model, self.processor
+
+    def stream(self, conversation: str | list[Message], settings: Settings) -> "_TransformersStream":
+        """Start answering a conversation (or, given a string, continuing a text) and return the stream."""
+        if self.model is None:
+            raise ModelClosedError("This model is closed.", "A closed model answers no more.", "Load it again.")
+        inputs = self._encode(conversation, settings).to(self.device)
+        room = self.context_length - inputs["input_ids"].shape[1]
+        if room < 1:
+            raise BadSettingError(
+                f"The prompt has {inputs['input_ids'].shape[1]:,} tokens.",
+                f"With its answer it must fit in context_length={self.context_length:,}.",
+                "Shorten it, or load the model with a larger context_length.",
+            )
+        return _TransformersStream(self, inputs, settings, min(settings.max_new_tokens, room))
+
+    def _encode(self, conversation: str | list[Message], settings: Settings):
+        if isinstance(conversation, str):
+            return self.tokenizer(conversation, return_tensors="pt")
+        return self.tokenizer.apply_chat_template(
+            conversation,
+            add_generation_prompt=True,
+            enable_thinking=settings.thinking,
+            return_tensors="pt",
+            return_dict=True,
+        )
+
+    def memory(self) -> dict[str, int]:
+        """Return the bytes of the weights as they lie in memory, and what else the GPU's allocator holds."""
+        if self.model is None:
+            return {}
+        models = [model for model in (self.model, self.drafter) if model is not None]
+        tensors = {
+            t.data_ptr(): t.nbytes for m in models for t in (*m.parameters(), *m.buffers()) if t.device.type != "meta"
+        }
+        parts = {"weights": sum(tensors.values())}
+        if self.device.type == "cuda":
+            import torch
+
+            parts["other"] = max(0, torch.cuda.memory_allocated(self.device) - parts["weights"])
+        return parts
+
+    def close(self) -> None:
+        """Free the model's memory."""
+        self.model = self.drafter = None
+        gc.collect()
+        if self.device.type == "cuda":
+            import torch
+
+            torch.cuda.empty_cache()
+
+
+def best_dtype(device):
+    """Return the type to compute in: bfloat16, or float16 on a GPU that only emulates it (a T4, torch says yes)."""
+    import torch
+
+    has_bf16 = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.bfloat16 if has_bf16 else torch.float16
+
+
+def _require_libraries(format: str, drafter: Path | None) -> None:
+    import importlib.util
+
+    for module, package in (("torch",) * 2, ("transformers",) * 2, _LIBRARIES.get(format, ("torch",) * 2)):
+        if importlib.util.find_spec(module) is None:
+            raise MissingLibraryError(
+                f"{package} is not installed.", f"Loading {format} needs it.", f"Run: pip install {package}"
+            )
+    traps.check_release(drafter=drafter is not None)
+
+
+def _load_config(folder: Path, text_only: bool):
+    """Return transformers' config object, without towers where they stay unread."""
+    from transformers import AutoConfig
+
+    content = traps.clean_config(read_config(folder))
+    kind = content.pop("model_type")
+    try:
+        config = AutoConfig.for_model(kind, **content)
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as err:
+        raise BrokenCheckpointError(
+            f"{folder / 'config.json'} does not describe a {kind} model: {err}.",
+            "Its keys and values must be those of the published checkpoints.",
+            "Download it again.",
+        ) from err
+    _warn_of_unknown_keys(folder, content, config)
+    if text_only:
+        config.vision_config = config.audio_config = None
+    return config
+
+
+_OTHER_KEYS = {"_name_or_path", "expert_intermediate_size", "quantization_config", "transformers_version", "dtype",
+               "torch_dtype", "model_type", "per_layer_config", "generation_config"}  # fmt: skip
+
+
+def _warn_of_unknown_keys(folder: Path, content: dict, config) -> None:
+    sections = {"": (content, config)} | {
+        f"{name}.": (content[name], getattr(config, name))
+        for name in ("text_config", "vision_config", "audio_config")
+        if isinstance(content.get(name), dict)
+    }
+    unknown = []
+    for prefix, (section, parsed) in sections.items():
+        known = _OTHER_KEYS | set(type(parsed).__dataclass_fields__) | _published_keys(prefix.rstrip("."))
+        unknown += [prefix + key for key in section if key not in known]
+    if unknown:
+        warnings.warn(
+            f"{folder / 'config.json'} has keys that nothing here reads: {', '.join(sorted(unknown))}. "
+            "The published checkpoints do not have them. Loading goes on without; a newer transformers may know them.",
+            UnknownConfigKeyWarning,
+            stacklevel=4,
+        )
+
+
+def _published_keys(section: str) -> set[str]:
+    configs = [hf_config(size) for size in GEMMA_SIZES] + [hf_config(size, "mobile") for size in MOBILE_SIZES]
+    return {key for config in configs for key in ((config[section] or {}) if section else config)}
+
+
+def _quantization(format: str, dtype):
+    if format not in ("nf4", "int8"):
+        return None
+    from transformers import BitsAndBytesConfig
+
+    if format == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+def _load_model(folder: Path, config, dtype, device, quantization):
+    from transformers import AutoModelForCausalLM
+
+    options = {"quantization_config": quantization} if quantization else {}
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            device_map={"": device},
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+        )
+    except RuntimeError as err:
+        if "mismatch" not in str(err):
+            raise
+        raise _wrong_tensors(folder, "some have other shapes than config.json says") from err
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise _wrong_tensors(folder, f"{len(missing)} are missing, the first is {missing[0]}")
+    return model.eval()
+
+
+def _wrong_tensors(folder: Path, what: str) -> BrokenCheckpointError:
+    return BrokenCheckpointError(
+        f"The tensors in {folder} are not those of its config.json: {what}.",
+        "Every tensor of the architecture must be there, in its shape.",
+        "Download it again.",
+    )
+
+
+def _load_drafter(folder: Path, dtype, device):
+    from transformers import AutoModelForCausalLM
+
+    drafter = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map={"": device}, use_safetensors=True)
+    if drafter.generation_config.num_assistant_tokens is None:
+        drafter.generation_config.num_assistant_tokens = 4  # generate() reads it from here and fails on None
+    return drafter.eval()
+
+
+def _load_processor(folder: Path):
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(folder)
+    except (ImportError, OSError, ValueError) as err:
+        raise MissingLibraryError(
+            f"The image and audio processor cannot be loaded: {err}.",
+            "It needs pillow, a torchvision that matches torch, and the checkpoint's processor files.",
+            "Install them, or load with text_only=True.",
+        ) from err
+
+
+@contextmanager
+def _reporting(report: Report | None, weight_bytes: int | None) -> Iterator[None]:
+    """Send transformers' own loading bar to `report`, which may stop the load by raising."""
+    from transformers.utils import logging
+
+    if report is None:
+        yield
+        return
+    previous = logging.set_tqdm_hook(lambda factory, args, kwargs: _Bar(report, weight_bytes, args, kwargs))
+    try:
+        yield
+    finally:
+        logging.set_tqdm_hook(previous)
+
+
+class _Bar:
+    """The part of tqdm that transformers uses while loading; it counts tensors, which are taken as equally large."""
+
+    def __init__(self, report: Report, weight_bytes: int | None, args: tuple, kwargs: dict):
+        self._report, self._bytes, self._last, self._done = report, weight_bytes, 0.0, 0
+        self._items = args[0] if args else kwargs.get("iterable", ())
+        self._total = kwargs.get("total") or (len(self._items) if hasattr(self._items, "__len__") else 0)
+
+    def __iter__(self):
+        for item in self._items:
+            yield item
+            self.update()
+
+    def update(self, count: int = 1) -> None:
+        self._done += count
+        now = time.monotonic()
+        if self._total and (now - self._last > 0.1 or self._done == self._total):
+            self._last = now
+            total = self._bytes or self._total
+            self._report(Progress("loading", total * self._done // self._total, total))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+
+class _TransformersStream:
+    """One `generate` call in a worker thread; it is also the streamer that `generate` hands its tokens to."""
+
+    def __init__(self, engine: TransformersEngine, inputs, settings: Settings, max_new_tokens: int):
+        self._engine, self._inputs, self._settings, self._max = engine, inputs, settings, max_new_tokens
+        self._pieces: queue.SimpleQueue = queue.SimpleQueue()
+        self._cancelled = threading.Event()
+        self._num_prompt, self._num_new, self._last_id = inputs["input_ids"].shape[1], 0, None
+        self._splitter = ThoughtSplitter(engine.tokenizer)
+        self._is_prompt = True
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        try:
+            with self._engine._lock:
+                self._generate()
+            for piece in self._splitter.flush():
+                self._pieces.put(piece)
+            is_stop = self._last_id in STOP_IDS or self._cancelled.is_set()
+            self._pieces.put(Finish("stop" if is_stop else "length", self._num_prompt, self._num_new))
+        except BaseException as err:
+            self._pieces.put(err)
+
+    def _generate(self) -> None:
+        import torch
+
+        settings, model = self._settings, self._engine.model
+        if settings.seed is not None:
+            torch.manual_seed(settings.seed)
+        sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        if settings.temperature > 0:
+            sampling = {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p,
+                        "top_k": settings.top_k}  # fmt: skip
+        with torch.inference_mode():
+            model.generate(
+                **self._inputs,
+                **sampling,
+                max_new_tokens=self._max,
+                eos_token_id=[i for i in STOP_IDS if i < model.config.get_text_config().vocab_size],
+                pad_token_id=0,
+                streamer=self,
+                stopping_criteria=[
+                    lambda ids, scores: torch.full((len(ids),), self._cancelled.is_set(), device=ids.device)
+                ],
+                **({"assistant_model": self._engine.drafter} if self._engine.drafter is not None else {}),
+            )
+
+    def put(self, ids) -> None:
+        """Take token ids from `generate`; the first ones are the prompt."""
+        if self._is_prompt:
+            self._is_prompt = False
+            return
+        for token_id in ids.flatten().tolist():
+            self._num_new += 1
+            self._last_id = token_id
+            for piece in self._splitter.push(token_id):
+                self._pieces.put(piece)
+
+    def end(self) -> None:
+        """Called by `generate` after the last token; the end is told by `_run`."""
+
+    def __iter__(self) -> Iterator[Delta | Finish]:
+        while True:
+            piece = self._pieces.get()
+            if isinstance(piece, BaseException):
+                raise piece
+            yield piece
+            if isinstance(piece, Finish):
+                return
+
+    def cancel(self) -> None:
+        """Stop after the token that is being computed."""
+        self._cancelled.set()
+
+
+class ThoughtSplitter:
+    """Turn token ids into text as they come, thoughts apart from the answer.
+
+    A thought block is `<|channel>thought\\n … <channel|>`; its first line names the channel and is dropped.
+    """
+
+    def __init__(self, tokenizer):
+        self._tokenizer = tokenizer
+        self._open, self._close = (tokenizer.convert_tokens_to_ids(t) for t in ("<|channel>", "<channel|>"))
+        self._is_thought = self._is_header = False
+        self._ids: list[int] = []
+        self._shown = 0  # characters of the decoded ids that have been given out
+
+    def push(self, token_id: int) -> Iterator[Delta]:
+        """Yield the text that one more token completes."""
+        if token_id in (self._open, self._close):
+            yield from self.flush()
+            self._is_thought = self._is_header = token_id == self._open
+            return
+        self._ids.append(token_id)
+        yield from self._new_text(is_last=False)
+
+    def flush(self) -> Iterator[Delta]:
+        """Yield what is left, incomplete characters included, and start a new segment."""
+        yield from self._new_text(is_last=True)
+        self._ids, self._shown, self._is_header = [], 0, False
+
+    def _new_text(self, *, is_last: bool) -> Iterator[Delta]:
+        text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        if text.endswith("\ufffd") and not is_last:
+            return  # a character whose last bytes are still to come
+        if self._is_header:
+            if "\n" not in text:
+                return
+            self._is_header, self._shown = False, text.index("\n") + 1
+        if new := text[self._shown :]:
+            self._shown = len(text)
+            yield Delta.thought(new) if self._is_thought else Delta(new)
+            if new.endswith("\n") and not self._is_header:
+                self._ids, self._shown = [], 0  # decode from here: the cost of a token stays constant

@@ -1,0 +1,223 @@
+"""What goes into a generation and what comes out, the same for every engine."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from gemma_qat_kit.errors import BadSettingError
+
+Message = dict[str, str]
+"""One turn of a conversation: {"role": "system" | "user" | "assistant", "content": text}."""
+
+ROLES = ("system", "user", "assistant")
+STOP_IDS = [1, 106, 50]
+"""Ids that end Gemma 4's turn: <eos>, <turn|> and <|tool_response>. Source: the model cards' generation_config.json."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to generate.
+
+    Attributes:
+        thinking: Let the model think before it answers, where it can.
+        max_new_tokens: Most tokens to generate, thoughts included.
+        temperature: Spread of the sampling; 0 always takes the likeliest token.
+        top_p: Keep the likeliest tokens that together reach this probability.
+        top_k: Keep this many of the likeliest tokens; 0 keeps all.
+        seed: Makes sampling repeatable; None draws a new one.
+    """
+
+    thinking: bool
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int | None
+
+    def __post_init__(self) -> None:
+        _check("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "an integer of 1 or more", "512")
+        _check("temperature", self.temperature, 0 <= self.temperature <= 10, "a number from 0 to 10", "1.0")
+        _check("top_p", self.top_p, 0 < self.top_p <= 1, "a number above 0, up to 1", "0.95")
+        _check("top_k", self.top_k, self.top_k >= 0, "0 (all) or a positive integer", "64")
+
+
+def _check(name: str, value: object, is_good: bool, allowed: str, example: str) -> None:
+    if not is_good:
+        raise BadSettingError(f"{name}={value!r} cannot be used.", f"It is {allowed}.", f"Try {name}={example}.")
+
+
+class Delta(str):
+    """A piece of generated text; `is_thought` tells a thought from the answer."""
+
+    is_thought: bool = False
+
+    @classmethod
+    def thought(cls, text: str) -> "Delta":
+        """Return a piece of the model's thinking."""
+        delta = cls(text)
+        delta.is_thought = True
+        return delta
+
+
+@dataclass(frozen=True)
+class Finish:
+    """The last thing an engine yields: why it stopped and what it counted.
+
+    Attributes:
+        reason: "stop" (the model ended its turn), "length" (max_new_tokens or the context is full) or "cancelled".
+        prompt_tokens: Tokens of the prompt, or None where the engine does not say.
+        new_tokens: Tokens generated, or None.
+    """
+
+    reason: str
+    prompt_tokens: int | None = None
+    new_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A finished answer; `str(reply)` is its text.
+
+    Attributes:
+        text: The answer.
+        thoughts: What the model thought before it; never part of the history.
+        finish_reason: "stop", "length" or "cancelled".
+        prompt_tokens: Tokens read, or None where the engine does not say.
+        new_tokens: Tokens generated.
+        first_token_seconds: From the call to the first piece of text.
+        seconds: From the call to the end.
+    """
+
+    text: str
+    thoughts: str
+    finish_reason: str
+    prompt_tokens: int | None
+    new_tokens: int
+    first_token_seconds: float
+    seconds: float
+
+    def __str__(self) -> str:
+        return self.text
+
+    @property
+    def message(self) -> Message:
+        """The reply as a turn to append to the conversation: the answer without the thoughts."""
+        return {"role": "assistant", "content": self.text}
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Speed of decoding: tokens after the first one over the time after it, in tokens/s."""
+        decoding = self.seconds - self.first_token_seconds
+        return (self.new_tokens - 1) / decoding if self.new_tokens > 1 and decoding > 0 else 0.0
+
+
+class EngineStream(Protocol):
+    """What an engine returns for one request: an iterator of Deltas that ends with a Finish, and a way to stop it."""
+
+    def __iter__(self) -> Iterator[Delta | Finish]: ...
+
+    def cancel(self) -> None:
+        """Stop from any thread; the iterator then ends."""
+
+
+@dataclass
+class Stream:
+    """An answer while it is being generated: iterate over it for its pieces, read `reply` at any time.
+
+    Attributes:
+        source: The engine's stream.
+    """
+
+    source: EngineStream
+    _started: float = field(default_factory=time.perf_counter)
+    _answer: list[str] = field(default_factory=list)
+    _thoughts: list[str] = field(default_factory=list)
+    _first: float | None = None
+    _ended: float | None = None
+    _finish: Finish | None = None
+    _cancelled: bool = False
+
+    def __post_init__(self) -> None:
+        self._pieces = self._read()
+
+    def __iter__(self) -> Iterator[Delta]:
+        return self
+
+    def __next__(self) -> Delta:
+        return next(self._pieces)
+
+    def _read(self) -> Iterator[Delta]:
+        try:
+            for piece in self.source:
+                if isinstance(piece, Finish):
+                    self._finish = piece
+                    break
+                if self._first is None:
+                    self._first = time.perf_counter()
+                (self._thoughts if piece.is_thought else self._answer).append(piece)
+                yield piece
+        except BaseException:
+            self.source.cancel()  # Ctrl-C between two tokens must not leave the engine busy
+            raise
+        finally:
+            self._ended = time.perf_counter()
+
+    def cancel(self) -> None:
+        """Stop generating, from any thread; what was generated stays in `reply`."""
+        self._cancelled = True
+        self.source.cancel()
+
+    close = cancel
+
+    @property
+    def reply(self) -> Reply:
+        """The answer so far; complete once the iteration has ended."""
+        finish = self._finish or Finish("length")
+        end = self._ended or time.perf_counter()
+        pieces = len(self._answer) + len(self._thoughts)
+        return Reply(
+            text="".join(self._answer),
+            thoughts="".join(self._thoughts),
+            finish_reason="cancelled" if self._cancelled else finish.reason,
+            prompt_tokens=finish.prompt_tokens,
+            new_tokens=pieces if finish.new_tokens is None else finish.new_tokens,
+            first_token_seconds=(self._first or end) - self._started,
+            seconds=end - self._started,
+        )
+
+
+def as_messages(conversation: str | list[Message]) -> list[Message]:
+    """Return a conversation as a list of messages with the thoughts of earlier answers left out.
+
+    Args:
+        conversation: A question, or a list of messages whose last one is the user's.
+
+    Raises:
+        BadSettingError: Empty, a role that is not in `ROLES`, a content that is not text, or no question at the end.
+    """
+    messages = [{"role": "user", "content": conversation}] if isinstance(conversation, str) else list(conversation)
+    for message in messages:
+        if (
+            not isinstance(message, dict)
+            or message.get("role") not in ROLES
+            or not isinstance(message.get("content"), str)
+        ):
+            raise BadSettingError(
+                f"{message!r} is not a message.",
+                'A message is {"role": "system", "user" or "assistant", "content": text}.',
+                'Pass a string, or a list such as [{"role": "user", "content": "Hello"}].',
+            )
+    if not messages or messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
+        raise BadSettingError(
+            "There is no question to answer.",
+            "The last message is the user's and is not empty.",
+            "Add one and try again.",
+        )
+    return [message | {"content": strip_thoughts(message["content"])} for message in messages]
+
+
+def strip_thoughts(text: str) -> str:
+    """Remove Gemma's thought blocks, `<|channel>` to `<channel|>`, from a text."""
+    kept = [part.split("<|channel>")[0] for part in text.split("<channel|>")]
+    return "".join(kept).strip() if len(kept) > 1 or "<|channel>" in text else text

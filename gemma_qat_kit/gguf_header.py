@@ -1,0 +1,138 @@
+"""Read the header of a GGUF without touching its weights: keys, tensor descriptions, and whether the file is whole.
+
+gguf-py's reader builds an array per token (seconds for 262,144 of them); this one walks over them in a fraction of a
+second. Source of the layout: ggml's `docs/gguf.md`, version 3.
+"""
+
+import math
+import mmap
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+from gemma_qat_kit.errors import BrokenCheckpointError
+
+_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+_STRING, _ARRAY = 8, 9
+_MAX_ARRAY_KEPT = 4096
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """One tensor of a GGUF: ggml's type number, shape (slowest axis first), first byte and bytes in the file."""
+
+    name: str
+    ggml_type: int
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class GgufHeader:
+    """What a GGUF says of itself; of arrays longer than 4,096 entries only the length is kept."""
+
+    metadata: dict[str, object]
+    tensors: tuple[GgufTensor, ...]
+
+    @property
+    def architecture(self) -> str:
+        """llama.cpp's name of the network, such as "gemma4" or "llama"."""
+        return str(self.metadata.get("general.architecture", "unknown"))
+
+
+def read_gguf_header(path: Path) -> GgufHeader:
+    """Read and check the header of a GGUF file.
+
+    Raises:
+        BrokenCheckpointError: Not a GGUF, of another version, damaged, or shorter than its header says.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if size < 24 or file.read(4) != b"GGUF":
+            raise broken_file(path, "it is not a GGUF file")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            cursor = _Cursor(data, 4)
+            try:
+                header = _read(cursor)
+            except (struct.error, UnicodeDecodeError, KeyError, IndexError, MemoryError, OverflowError) as err:
+                raise broken_file(path, f"its header is damaged near byte {cursor.at:,}") from err
+    missing = max((t.start + t.nbytes for t in header.tensors), default=0) - size
+    if missing > 0:
+        raise broken_file(path, f"its last {missing:,} bytes are missing")
+    return header
+
+
+def broken_file(path: Path, what: str) -> BrokenCheckpointError:
+    """Build the error for a file that cannot be used as it is."""
+    return BrokenCheckpointError(
+        f"{path} cannot be read: {what}.",
+        "A complete file is needed.",
+        "Delete it and download it again.",
+    )
+
+
+class _Cursor:
+    """A position in the file's bytes."""
+
+    def __init__(self, data: mmap.mmap, at: int):
+        self.data, self.at = data, at
+
+    def number(self, layout: str):
+        value = struct.unpack_from(layout, self.data, self.at)[0]
+        self.at += struct.calcsize(layout)
+        return value
+
+    def string(self) -> str:
+        length = self.number("<Q")
+        if length > len(self.data) - self.at:
+            raise IndexError(length)
+        self.at += length
+        return self.data[self.at - length : self.at].decode()
+
+    def value(self, kind: int):
+        if kind == _STRING:
+            return self.string()
+        if kind != _ARRAY:
+            return self.number(_SCALARS[kind])
+        item, count = self.number("<I"), self.number("<Q")
+        if count > len(self.data):
+            raise IndexError(count)
+        if count <= _MAX_ARRAY_KEPT:
+            return [self.value(item) for _ in range(count)]
+        if item == _STRING:
+            self._skip_strings(count)
+        else:
+            self.at += count * struct.calcsize(_SCALARS[item])
+        return f"{count} values"
+
+    def _skip_strings(self, count: int) -> None:
+        unpack, data, at = struct.Struct("<Q").unpack_from, self.data, self.at
+        for _ in range(count):
+            at += 8 + unpack(data, at)[0]
+        self.at = at
+
+
+def _read(cursor: _Cursor) -> GgufHeader:
+    from gguf.constants import GGML_QUANT_SIZES
+
+    if cursor.number("<I") not in (2, 3):
+        raise KeyError("version")
+    num_tensors, num_keys = cursor.number("<Q"), cursor.number("<Q")
+    metadata = {}
+    for _ in range(num_keys):
+        key = cursor.string()
+        metadata[key] = cursor.value(cursor.number("<I"))
+    described = []
+    for _ in range(num_tensors):
+        name = cursor.string()
+        shape = tuple(cursor.number("<Q") for _ in range(cursor.number("<I")))
+        described.append((name, shape[::-1], cursor.number("<I"), cursor.number("<Q")))
+    alignment = metadata.get("general.alignment", 32)
+    first = -(-cursor.at // alignment) * alignment
+    sizes = {kind.value: size for kind, size in GGML_QUANT_SIZES.items()}
+    tensors = []
+    for name, shape, kind, offset in described:
+        group_size, group_bytes = sizes.get(kind, (1, 0))  # a type newer than gguf-py: its length cannot be checked
+        tensors.append(GgufTensor(name, kind, shape, first + offset, math.prod(shape) // group_size * group_bytes))
+    return GgufHeader(metadata, tuple(tensors))

