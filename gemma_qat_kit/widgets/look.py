@@ -1,0 +1,60 @@
+"""What the widgets share in looks: colours from the host's theme, safe text, status lines and errors."""
+
+import html
+import unicodedata
+
+from gemma_qat_kit.errors import KitError
+
+# Every colour is one of JupyterLab's own variables, with a fallback that reads on light and on dark (Colab, VS Code).
+STYLE = """<style>
+.gqk-panel-box {
+  border: 1px solid var(--jp-border-color2, rgba(127, 127, 127, .4)); border-radius: 6px; padding: 12px;
+  color: var(--jp-ui-font-color1, inherit); font-family: var(--jp-ui-font-family, system-ui, sans-serif);
+}
+.gqk-panel-box .widget-label, .gqk-panel-box .widget-html-content { color: inherit; }
+.gqk-text { font-size: var(--jp-ui-font-size1, 13px); line-height: 1.5; overflow-wrap: anywhere; }
+.gqk-text code {
+  font-family: var(--jp-code-font-family, monospace); font-size: 1em; padding: 1px 5px; border-radius: 3px;
+  background: rgba(127, 127, 127, .15); color: inherit;
+}
+.gqk-quiet { color: var(--jp-ui-font-color2, inherit); }
+.gqk-facts { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 4px 16px; margin: 4px 0; }
+.gqk-facts dt { color: var(--jp-ui-font-color2, inherit); font-weight: 400; }
+.gqk-facts dd { margin: 0; }
+.gqk-bar {
+  height: 12px; margin: 5px 0 3px; border: 1px solid var(--jp-border-color1, rgba(127, 127, 127, .6));
+  border-radius: 3px; overflow: hidden; background: rgba(127, 127, 127, .12);
+}
+.gqk-bar > div { height: 100%; box-sizing: border-box; border-right: 2px solid var(--jp-ui-font-color1, #888); }
+.gqk-error { border-left: 4px solid #D55E00; padding-left: 10px; }
+.gqk-error p, .gqk-status p { margin: 0; }
+.gqk-error p:first-child { font-weight: 600; }
+</style>"""
+_UNSAFE_CATEGORIES = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+# Kept although they are format characters: two joiners without which Persian, Hindi and some emoji come apart.
+_JOINERS = "\u200c\u200d"
+
+
+def escape(text: object) -> str:
+    """Turn text that somebody else wrote into HTML that shows it and does nothing else.
+
+    Control and format characters go (Unicode categories Cc, Cf, Cs, Zl, Zp), since some of them reorder or hide the
+    text around them: a model could show something other than what it wrote.
+    """
+    kept = (c for c in str(text) if c in "\n\t" + _JOINERS or unicodedata.category(c) not in _UNSAFE_CATEGORIES)
+    return html.escape("".join(kept))
+
+
+def status_html(text: str) -> str:
+    """Draw a status line that screen readers announce."""
+    return f'<div class="gqk-text gqk-status" role="status" aria-live="polite">{escape(text)}</div>'
+
+
+def error_html(error: BaseException) -> str:
+    """Draw an error where the eye already is, its three parts on three lines."""
+    if isinstance(error, KitError):
+        parts = [error.wrong, error.allowed, error.next_step]
+    else:
+        parts = [f"{type(error).__name__}: {error}"]
+    lines = "".join(f"<p>{escape(part)}</p>" for part in parts if part)
+    return f'<div class="gqk-text gqk-error" role="alert">{lines}</div>'
