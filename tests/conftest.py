@@ -2,6 +2,10 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+import pytest
+from loopback_hub import LoopbackHub
+from tiny_repo import FILES, REPO
+
 SHOWN = ("torch", "transformers", "huggingface_hub", "tokenizers", "xllamacpp", "numpy", "ipywidgets", "ipykernel")
 
 
@@ -15,3 +19,18 @@ def _version(name):
         return version(name)
     except PackageNotFoundError:
         return "missing"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub on 127.0.0.1 with one tiny repository, an empty cache, and an environment that knows no other."""
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_XET"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("GEMMA_QAT_KIT_HOME", str(tmp_path / "kit"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    with LoopbackHub() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        hub.commit(REPO, FILES)
+        yield hub
