@@ -75,7 +75,7 @@ class ChatPanel(widgets.VBox):
         frame = widgets.Layout(height="320px", display="flex", flex_flow="column-reverse", margin="0 0 8px")
         self._transcript = widgets.Box([self._turns], layout=frame)
         width = widgets.Layout(flex="1 1 240px", width="auto")
-        named = {"description_width": "70px"}
+        named = {"description_width": "80px"}
         hint = "Type, then press Enter"
         self._input = widgets.Text(description="Message", placeholder=hint, layout=width, style=named)
         self._send_button = widgets.Button(description="Send", button_style="primary", layout={"width": "90px"})

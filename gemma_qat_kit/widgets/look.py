@@ -18,14 +18,16 @@ STYLE = """<style>
   background: rgba(127, 127, 127, .15); color: inherit;
 }
 .gqk-quiet { color: var(--jp-ui-font-color2, inherit); }
-.gqk-facts { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 4px 16px; margin: 4px 0; }
-.gqk-facts dt { color: var(--jp-ui-font-color2, inherit); font-weight: 400; }
-.gqk-facts dd { margin: 0; }
+.gqk-panel-box .widget-label { text-align: left; }
+.gqk-facts { display: grid; grid-template-columns: 80px minmax(0, 1fr); gap: 4px 8px; margin: 6px 0; }
 .gqk-bar {
   height: 12px; margin: 5px 0 3px; border: 1px solid var(--jp-border-color1, rgba(127, 127, 127, .6));
   border-radius: 3px; overflow: hidden; background: rgba(127, 127, 127, .12);
 }
-.gqk-bar > div { height: 100%; box-sizing: border-box; border-right: 2px solid var(--jp-ui-font-color1, #888); }
+.gqk-bar > div {
+  height: 100%; box-sizing: border-box; border-right: 2px solid var(--jp-ui-font-color1, #888);
+  box-shadow: inset 0 0 0 1px rgba(127, 127, 127, .8);
+}
 .gqk-error { border-left: 4px solid #D55E00; padding-left: 10px; }
 .gqk-error p, .gqk-status p { margin: 0; }
 .gqk-error p:first-child { font-weight: 600; }

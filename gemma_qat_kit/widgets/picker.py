@@ -67,7 +67,7 @@ class Picker(widgets.VBox):
             [self._load_button, self._cancel_button, self._bar, self._bar_label],
             layout=widgets.Layout(flex_flow="row wrap", align_items="center", margin="8px 0 0"),
         )
-        names = widgets.HBox([self._size, self._format], layout=widgets.Layout(flex_flow="row wrap"))
+        names = widgets.HBox([self._size, self._format], layout=widgets.Layout(flex_flow="row wrap", grid_gap="0 24px"))
         super().__init__([widgets.HTML(STYLE), names, self._facts, buttons, self._status])
         self.layout.max_width = "720px"
         self.add_class("gqk-panel-box")
@@ -108,17 +108,17 @@ class Picker(widgets.VBox):
         self._cancelled.set()
 
     def _make_controls(self) -> None:
-        wide = widgets.Layout(width="280px", max_width="100%")
-        named = {"description_width": "60px"}
+        wide = widgets.Layout(width="300px", max_width="100%")
+        named = {"description_width": "80px"}
         self._size = widgets.Dropdown(options=SIZES, description="Size", layout=wide, style=named)
         self._format = widgets.Dropdown(description="Format", layout=wide, style=named)
-        self._facts = widgets.HTML(layout=widgets.Layout(min_height="150px"))
+        self._facts = widgets.HTML(layout=widgets.Layout(min_height="112px"))
         self._load_button = widgets.Button(description="Load", button_style="primary")
         self._cancel_button = widgets.Button(description="Cancel", disabled=True)
         hidden = widgets.Layout(width="140px", visibility="hidden")
         self._bar = widgets.FloatProgress(min=0, max=1, layout=hidden)
         self._bar_label = widgets.HTML()
-        self._status = widgets.HTML(layout=widgets.Layout(min_height="64px"))
+        self._status = widgets.HTML(layout=widgets.Layout(min_height="40px"))
         self._load_button.on_click(lambda button: self._start())
         self._cancel_button.on_click(lambda button: self.cancel())
         controls = {"size": self._size, "format": self._format, "facts": self._facts, "load": self._load_button}

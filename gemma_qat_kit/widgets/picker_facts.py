@@ -17,11 +17,12 @@ def facts_html(row: Checkpoint, machine: Environment) -> str:
         row: The chosen row of the catalog, published or not.
         machine: What `environment()` found.
     """
-    facts = [("Not published", _missing(row))] if row.unavailable else _costs(row, machine)
+    facts = [("Missing", _missing(row))] if row.unavailable else _costs(row, machine)
     call = f'gqk.load("{row.size}", "{row.alternative if row.unavailable else row.format}")'
-    facts.append(("Instead" if row.unavailable else "Same as", f"<code {_SELECTABLE}>{escape(call)}</code>"))
-    items = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in facts)
-    return f'<dl class="gqk-text gqk-facts">{items}</dl>'
+    facts.append(("Instead" if row.unavailable else "Call", f"<code {_SELECTABLE}>{escape(call)}</code>"))
+    # Plain boxes: notebooks have their own ideas about <dl> and <table>.
+    items = "".join(f'<div class="gqk-quiet">{name}</div><div>{value}</div>' for name, value in facts)
+    return f'<div class="gqk-text gqk-facts">{items}</div>'
 
 
 def _missing(row: Checkpoint) -> str:

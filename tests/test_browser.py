@@ -1,0 +1,142 @@
+"""The first notebook in a real browser, on the real model: what `make lab` opens, run and used as a learner does."""
+
+import io
+import os
+import re
+import time
+from pathlib import Path
+
+import pytest
+from lab import CHROMIUM, ROOT, RUN_ALL, chromium_page, jupyter_lab
+from PIL import Image
+
+from gemma_qat_kit.hub.cache import readable_bytes
+from gemma_qat_kit.memory import plan_memory
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on PATH: install the package `chromium`"),
+]
+CHANGE_THEME = "name => window.jupyterapp.commands.execute('apputils:change-theme', { theme: name })"
+SHOW_ONLY_THE_NOTEBOOK = "() => { jupyterapp.shell.collapseLeft(); jupyterapp.shell.collapseRight(); }"
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """The notebook after Run all, with its panels ready."""
+    with (
+        jupyter_lab(tmp_path_factory.mktemp("lab")) as url,
+        chromium_page(viewport={"width": 1120, "height": 900}) as (page, errors, outside),
+    ):
+        page.goto(url)
+        page.wait_for_function("window.jupyterapp")
+        page.evaluate(RUN_ALL)
+        page.evaluate(SHOW_ONLY_THE_NOTEBOOK)
+        page.wait_for_selector(".gqk-chat-status :text('Talking to')")
+        page.errors, page.outside = errors, outside
+        yield page
+
+
+def _ask(page, question):
+    """Type a question, press Enter, and return the lengths that the answer had while it came, and its text."""
+    box = page.locator(".gqk-chat-input input")
+    box.fill(question)
+    box.press("Enter")
+    turn, lengths = page.locator(".gqk-turn-model").last, []
+    while not page.locator(".gqk-chat-status :text('tokens/s')").count() or not lengths:
+        lengths.append(len(turn.inner_text()))
+        time.sleep(0.05)
+        assert len(lengths) < 2000
+    return lengths, turn.inner_text()
+
+
+def _pick(page, size, format):
+    page.locator(".gqk-picker-size select").select_option(label=size)
+    page.locator(".gqk-picker-format select").select_option(label=format)
+
+
+def test_every_cell_ran_and_the_first_answer_is_about_the_sky(page):
+    assert page.locator(".jp-Notebook [data-mime-type='application/vnd.jupyter.stderr']").count() == 0
+    answer = page.locator(".jp-Cell:has-text('model.stream(QUESTION') .jp-OutputArea-output").last.inner_text()
+    assert re.search(r"light|scatter|atmosphere", answer)
+    assert "smollm2-135m q4_1 is loaded" in page.locator(".gqk-picker-status").inner_text()
+
+
+def test_the_picker_shows_what_another_choice_costs_and_its_call(page):
+    _pick(page, "E2B", "mobile")
+    call = page.locator(".gqk-call", has_text='gqk.load("E2B", "mobile")')
+    call.wait_for()
+    plan = plan_memory("E2B", "mobile")
+    facts = page.locator(".gqk-picker-facts").inner_text()
+    assert readable_bytes(plan.download_bytes) in facts
+    assert readable_bytes(plan.resident_bytes) in facts
+    call.click()
+    assert page.evaluate("document.getSelection().toString()").strip() == 'gqk.load("E2B", "mobile")'
+
+
+def test_the_picker_says_why_a_format_does_not_exist(page):
+    _pick(page, "26B-A4B", "w4a16 (not published)")
+    page.locator(".gqk-call", has_text='gqk.load("26B-A4B", "q4_0")').wait_for()
+    assert page.locator(".gqk-picker-load").is_disabled()
+    page.locator(".gqk-picker-size select").select_option(label="smollm2-135m")
+    page.locator(".gqk-call", has_text='gqk.load("smollm2-135m", "q4_1")').wait_for()
+
+
+def test_a_typed_question_gets_a_streamed_and_sensible_answer(page):
+    lengths, answer = _ask(page, "What is gravity?")
+    assert len(set(lengths)) > 3, "the answer came in one piece"
+    assert re.search(r"physics|force|mass|matter|universe|object", answer)
+    assert page.locator(".gqk-chat-input input").input_value() == ""
+    _, second = _ask(page, "Explain it to a child in one sentence.")
+    assert "ravity" in second
+
+
+def test_the_picture_of_the_readme_can_be_drawn_again(page, tmp_path):
+    folder = ROOT / "docs" if os.environ.get("GQK_PICTURES") else Path(os.environ.get("GQK_SCREENSHOTS") or tmp_path)
+    page.set_viewport_size({"width": 920, "height": 1000})
+    page.locator("h2:has-text('Remember')").click()  # so that neither panel's cell is the selected one
+    parts = []
+    for panel in ("picker", "chat"):
+        page.locator(f".gqk-{panel}").scroll_into_view_if_needed()
+        page.mouse.move(0, 0)
+        page.wait_for_timeout(500)
+        cell = page.locator(".jp-CodeCell", has=page.locator(f".gqk-{panel}"))
+        parts.append(Image.open(io.BytesIO(cell.screenshot())))
+    whole = Image.new("RGB", (parts[0].width, sum(part.height for part in parts)), "white")
+    whole.paste(parts[0], (0, 0))
+    whole.paste(parts[1], (0, parts[0].height))
+    whole.save(folder / "start_here.png", optimize=True)
+    assert whole.width > 700
+    assert whole.height < 1000
+
+
+def test_stop_ends_an_answer_soon(page):
+    box = page.locator(".gqk-chat-input input")
+    box.fill("Tell me a long story.")
+    box.press("Enter")
+    page.wait_for_selector(".gqk-chat-status :text('Answering')")
+    page.wait_for_function("document.querySelectorAll('.gqk-turn-model')[2].innerText.length > 40")
+    page.locator(".gqk-chat-stop").click()
+    page.wait_for_selector(".gqk-chat-status :text('Stopped.')", timeout=5000)
+
+
+def test_the_panels_read_well_in_the_dark_and_on_a_phone(page, tmp_path):
+    folder = Path(os.environ.get("GQK_SCREENSHOTS") or tmp_path)
+    for theme in ("JupyterLab Light", "JupyterLab Dark"):
+        page.evaluate(CHANGE_THEME, theme)
+        page.wait_for_timeout(500)
+        for name in ("picker", "chat"):
+            page.locator(f".gqk-{name}").screenshot(path=folder / f"{name}_{theme.split()[1].lower()}.png")
+    page.evaluate(CHANGE_THEME, "JupyterLab Light")
+    page.set_viewport_size({"width": 480, "height": 900})
+    page.wait_for_timeout(500)
+    for name in ("picker", "chat"):
+        panel = page.locator(f".gqk-{name}")
+        panel.screenshot(path=folder / f"{name}_480.png")
+        assert panel.evaluate("box => box.scrollWidth - box.clientWidth") <= 1, f"{name} is wider than the page"
+
+
+def test_nothing_went_wrong_in_the_page_and_nothing_left_this_machine(page):
+    assert page.errors == []
+    assert page.outside == []

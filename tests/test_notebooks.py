@@ -1,0 +1,119 @@
+"""The notebooks keep the course's form, are stored without outputs, and run from top to bottom."""
+
+import ast
+import os
+import statistics
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PARTS = ("## Set-up", "## Settings", "## Try", "## Remember")
+
+
+def _read(path):
+    return nbformat.read(path, as_version=4)
+
+
+def _code(notebook):
+    return [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def _python(source):
+    """The cell without the lines that only IPython understands."""
+    return ast.parse("\n".join(line.replace("%pip", "pass  # %pip") for line in source.splitlines()))
+
+
+@pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
+def notebook(request):
+    return _read(request.param)
+
+
+def test_there_is_a_course_in_reading_order():
+    assert NOTEBOOKS[0].name == "00_start_here.ipynb"
+    assert [path.name[:2] for path in NOTEBOOKS] == [f"{number:02}" for number in range(len(NOTEBOOKS))]
+
+
+def test_nothing_is_stored_but_the_source(notebook):
+    nbformat.validate(notebook)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            assert cell.outputs == []
+            assert cell.execution_count is None
+    assert "widgets" not in notebook.metadata
+
+
+def test_the_parts_come_in_their_order(notebook):
+    text = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
+    assert text[0].startswith("# ")
+    assert "?" in text[0].splitlines()[0]
+    assert "Colab" in text[0]
+    assert "Binder" in text[0]
+    assert all(fact in text[1] for fact in ("Time", "Memory", "GPU", "Download"))
+    whole = "\n".join(text)
+    places = [whole.index(part) for part in PARTS]
+    assert places == sorted(places)
+    assert "class " not in "".join(_code(notebook))
+
+
+def test_cells_are_short_and_define_nothing_long(notebook):
+    cells = _code(notebook)
+    lines = [len(source.splitlines()) for source in cells]
+    assert sum(lines) <= 60
+    assert statistics.median(lines) <= 4
+    assert len(set(cells)) == len(cells)
+    for node in (node for source in cells for node in ast.walk(_python(source))):
+        assert not isinstance(node, ast.ClassDef | ast.Try)
+        assert not isinstance(node, ast.FunctionDef) or node.end_lineno - node.lineno < 5
+
+
+def test_the_settings_are_capitals_with_form_comments(notebook):
+    settings = _code(notebook)[1]
+    for line in settings.splitlines():
+        assert line.split(" = ")[0].isupper()
+        assert "# @param" in line
+
+
+def test_every_widget_is_the_last_line_of_its_cell_and_said_again_in_words(notebook):
+    shown = [i for i, cell in enumerate(notebook.cells) if cell.cell_type == "code" and "widgets." in cell.source]
+    assert shown
+    for index in shown:
+        assert isinstance(_python(notebook.cells[index].source).body[-1], ast.Expr)
+        assert notebook.cells[index + 1].cell_type == "markdown"
+        assert "panel above" in notebook.cells[index + 1].source
+
+
+def test_the_set_up_cell_is_the_same_everywhere():
+    assert len({_code(_read(path))[0] for path in NOTEBOOKS}) == 1
+
+
+def test_the_set_up_cell_replaces_nothing_that_colab_ships(notebook):
+    install = next(line for line in _code(notebook)[0].splitlines() if "%pip" in line)
+    assert "--no-deps" in install
+    assert "-U" not in install
+    for name in ("torch", "numpy", "transformers", "ipywidgets"):
+        assert name not in _code(notebook)[0].split()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs_from_top_to_bottom_offline(path, monkeypatch):
+    from nbclient import NotebookClient
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(ROOT)]).strip(os.pathsep))
+    notebook = _read(path)
+    NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": path.parent}}
+    ).execute()
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert [output for output in outputs if output.get("name") == "stderr"] == []
+    states = notebook.metadata.widgets["application/vnd.jupyter.widget-state+json"]["state"].values()
+    shown = " ".join(str(state["state"].get("value", "")) for state in states)
+    if path.stem == "00_start_here":
+        streamed = "".join(output.text for output in outputs if output.get("name") == "stdout")
+        assert len(streamed.split()) > 10
+        assert "smollm2-135m q4_1 is loaded" in shown
+        assert "Talking to smollm2-135m q4_1" in shown
