@@ -7,6 +7,7 @@ second. Source of the layout: ggml's `docs/gguf.md`, version 3.
 import math
 import mmap
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from gemma_qat_kit.errors import BrokenCheckpointError
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
 _MAX_ARRAY_KEPT = 4096
+# What no file has: beyond these a length is damaged, and following it would take minutes or all of the memory.
+_MAX_ARRAY, _MAX_STRING, _MAX_AXES = 2**24, 2**24, 4
 
 
 @dataclass(frozen=True)
@@ -49,14 +52,17 @@ def read_gguf_header(path: Path) -> GgufHeader:
     """
     size = path.stat().st_size
     with path.open("rb") as file:
-        if size < 24 or file.read(4) != b"GGUF":
+        if file.read(4) != b"GGUF":
             raise broken_file(path, "it is not a GGUF file")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             cursor = _Cursor(data, 4)
             try:
-                header = _read(cursor)
-            except (struct.error, UnicodeDecodeError, KeyError, IndexError, MemoryError, OverflowError) as err:
-                raise broken_file(path, f"its header is damaged near byte {cursor.at:,}") from err
+                version = cursor.number("<I")
+                header = _read(cursor) if version in (2, 3) else None
+            except (struct.error, UnicodeDecodeError, LookupError, OverflowError) as err:
+                raise broken_file(path, f"its header is damaged or cut short near byte {cursor.at:,}") from err
+    if header is None:
+        raise _other_version(path, version)
     missing = max((t.start + t.nbytes for t in header.tensors), default=0) - size
     if missing > 0:
         raise broken_file(path, f"its last {missing:,} bytes are missing")
@@ -69,6 +75,15 @@ def broken_file(path: Path, what: str) -> BrokenCheckpointError:
         f"{path} cannot be read: {what}.",
         "A complete file is needed.",
         "Delete it and download it again.",
+    )
+
+
+def _other_version(path: Path, version: int) -> BrokenCheckpointError:
+    is_big_endian = version & 0xFFFF == 0
+    return BrokenCheckpointError(
+        f"{path} is a {'big-endian GGUF' if is_big_endian else f'GGUF of version {version}'}.",
+        "Versions 2 and 3, little-endian, are read.",
+        "Take a newer GGUF of this model.",
     )
 
 
@@ -85,7 +100,7 @@ class _Cursor:
 
     def string(self) -> str:
         length = self.number("<Q")
-        if length > len(self.data) - self.at:
+        if length > min(_MAX_STRING, len(self.data) - self.at):
             raise IndexError(length)
         self.at += length
         return self.data[self.at - length : self.at].decode()
@@ -96,7 +111,7 @@ class _Cursor:
         if kind != _ARRAY:
             return self.number(_SCALARS[kind])
         item, count = self.number("<I"), self.number("<Q")
-        if count > len(self.data):
+        if item == _ARRAY or count > _MAX_ARRAY:  # llama.cpp reads no arrays of arrays
             raise IndexError(count)
         if count <= _MAX_ARRAY_KEPT:
             return [self.value(item) for _ in range(count)]
@@ -114,25 +129,32 @@ class _Cursor:
 
 
 def _read(cursor: _Cursor) -> GgufHeader:
-    from gguf.constants import GGML_QUANT_SIZES
-
-    if cursor.number("<I") not in (2, 3):
-        raise KeyError("version")
+    """Return the header that follows the version; a LookupError is a damaged one."""
     num_tensors, num_keys = cursor.number("<Q"), cursor.number("<Q")
     metadata = {}
     for _ in range(num_keys):
         key = cursor.string()
+        if key in metadata:  # also what a file does that is zeros from some byte on
+            raise KeyError(key)
         metadata[key] = cursor.value(cursor.number("<I"))
-    described = []
+    described = {}
     for _ in range(num_tensors):
-        name = cursor.string()
-        shape = tuple(cursor.number("<Q") for _ in range(cursor.number("<I")))
-        described.append((name, shape[::-1], cursor.number("<I"), cursor.number("<Q")))
+        name, num_axes = cursor.string(), cursor.number("<I")
+        if name in described or num_axes > _MAX_AXES:
+            raise KeyError(name)
+        shape = tuple(cursor.number("<Q") for _ in range(num_axes))
+        described[name] = shape[::-1], cursor.number("<I"), cursor.number("<Q")
     alignment = metadata.get("general.alignment", 32)
-    first = -(-cursor.at // alignment) * alignment
+    if not isinstance(alignment, int) or alignment < 1 or cursor.at > len(cursor.data):
+        raise IndexError(alignment)
+    return GgufHeader(metadata, tuple(_placed(described, -(-cursor.at // alignment) * alignment)))
+
+
+def _placed(described: dict[str, tuple], first: int) -> Iterator[GgufTensor]:
+    """Yield the tensors with their place in the file, whose data start at byte `first`."""
+    from gguf.constants import GGML_QUANT_SIZES
+
     sizes = {kind.value: size for kind, size in GGML_QUANT_SIZES.items()}
-    tensors = []
-    for name, shape, kind, offset in described:
+    for name, (shape, kind, offset) in described.items():
         group_size, group_bytes = sizes.get(kind, (1, 0))  # a type newer than gguf-py: its length cannot be checked
-        tensors.append(GgufTensor(name, kind, shape, first + offset, math.prod(shape) // group_size * group_bytes))
-    return GgufHeader(metadata, tuple(tensors))
+        yield GgufTensor(name, kind, shape, first + offset, math.prod(shape) // group_size * group_bytes)

@@ -1,5 +1,6 @@
 """What every test file shares."""
 
+import functools
 from importlib.metadata import PackageNotFoundError, version
 
 import pytest
@@ -34,3 +35,27 @@ def hub(tmp_path, monkeypatch):
         monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
         hub.commit(REPO, FILES)
         yield hub
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """Return a function that gives the path of a tiny checkpoint of a size and format, written on first use."""
+    from gemma_qat_kit.testing import write_tiny_checkpoint, write_tiny_drafter
+
+    root = tmp_path_factory.mktemp("tiny")
+
+    @functools.cache
+    def write(size, format):
+        if format == "drafter":
+            return write_tiny_drafter(root / f"{size}-drafter", size)
+        return write_tiny_checkpoint(root / f"{size}-{format}", size, format)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def built_in():
+    """The GGUF of the built-in model."""
+    from gemma_qat_kit.load import built_in_checkpoint
+
+    return built_in_checkpoint()
