@@ -45,13 +45,27 @@ def inspect_checkpoint(path: Path | str) -> LocalCheckpoint:
         BrokenCheckpointError: Nothing there, incomplete, damaged, or of an architecture that the kit does not know.
         UnsafeCheckpointError: Weights as pickle, which can run code when opened.
     """
-    path = Path(path).expanduser()
+    try:
+        return _inspect(Path(path).expanduser())
+    except (OSError, RuntimeError) as err:  # RuntimeError: no such user's home
+        raise BrokenCheckpointError(
+            f"{path} cannot be read: {getattr(err, 'strerror', None) or err}.",
+            "A checkpoint is a file or folder that this user may read.",
+            "Check the path and its permissions.",
+        ) from err
+
+
+def _inspect(path: Path) -> LocalCheckpoint:
     if not path.exists():
         raise BrokenCheckpointError(
             f"{path} does not exist.", "A path names a .gguf file or a folder with safetensors.", "Check the spelling."
         )
-    if path.is_file() and path.suffix in _PICKLES:
+    if path.is_file() and _is_pickle(path):
         raise _unsafe(path)
+    if path.is_file() and path.suffix == ".safetensors":
+        raise BrokenCheckpointError(
+            f"{path} is one file of a checkpoint.", "config.json belongs to it.", f'Pass its folder, "{path.parent}".'
+        )
     if path.is_file():
         return _inspect_gguf(path)
     models = sorted(file for file in path.glob("*.gguf") if "mmproj" not in file.name)
@@ -85,10 +99,13 @@ def _gguf_format(header) -> str:
             bytes_of[tensor.ggml_type] = bytes_of.get(tensor.ggml_type, 0) + tensor.nbytes
     if not bytes_of:
         return "unknown"
-    return GGMLQuantizationType(max(bytes_of, key=bytes_of.__getitem__)).name.lower()
+    most = max(bytes_of, key=bytes_of.__getitem__)
+    return GGMLQuantizationType(most).name.lower() if most in set(GGMLQuantizationType) else "unknown"
 
 
 def _size_of(shape: tuple) -> str | None:
+    if not all(isinstance(number, int) for number in shape):
+        return None
     known = {(576, 30): "smollm2-135m"}
     for size in GEMMA_SIZES:
         text = hf_config(size)["text_config"]
@@ -111,7 +128,7 @@ def read_config(folder: Path) -> dict:
         )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as err:
+    except (ValueError, RecursionError) as err:
         raise broken_file(path, "it is not JSON") from err
     if not isinstance(config, dict):
         raise broken_file(path, "it is not a JSON object")
@@ -128,48 +145,60 @@ def _inspect_folder(folder: Path) -> LocalCheckpoint:
             "A drafter only helps the model it belongs to.",
             "Load that with drafter=True.",
         )
-    if kind not in MODEL_TYPES or not isinstance(config.get("text_config"), dict):
+    if kind not in MODEL_TYPES:
         raise _other_architecture(folder, kind, MODEL_TYPES)
-    text, everything = _count_bytes(shards)
-    shape = (config["text_config"].get("hidden_size"), config["text_config"].get("num_hidden_layers"))
-    return LocalCheckpoint(folder, _folder_format(folder, config), _size_of(shape), "transformers", text, everything)
+    text, quantization = config.get("text_config"), config.get("quantization_config") or {}
+    if not isinstance(text, dict) or not isinstance(quantization, dict):
+        raise broken_file(folder / "config.json", "its text_config or quantization_config is not a JSON object")
+    size = _size_of((text.get("hidden_size"), text.get("num_hidden_layers")))
+    return LocalCheckpoint(folder, _folder_format(folder, quantization), size, "transformers", *_count_bytes(shards))
 
 
 def _shards(folder: Path) -> list[Path]:
     """Return the safetensors files of a folder, all of which exist."""
-    index = folder / "model.safetensors.index.json"
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as err:
-            raise broken_file(index, "it does not list the shards") from err
-        shards = [folder / Path(name).name for name in names]
-        missing = [shard.name for shard in shards if not shard.exists()]
-        if missing:
-            raise BrokenCheckpointError(
-                f"{folder} lacks {', '.join(missing)}.",
-                f"The index names {len(shards)} files and all are needed.",
-                "Download it again; what is there already is kept.",
-            )
-        return shards
-    shards = sorted(folder.glob("*.safetensors"))
-    if not shards:
-        pickles = [file for file in folder.iterdir() if file.suffix in _PICKLES]
-        if pickles:
-            raise _unsafe(pickles[0])
+        return _listed_shards(folder, index)
+    if single.exists():
+        return [single]
+    pickles = sorted(file for file in folder.iterdir() if _is_pickle(file))
+    others = sorted(file.name for file in folder.glob("*.safetensors"))
+    if pickles and not others:
+        raise _unsafe(pickles[0])
+    raise BrokenCheckpointError(
+        f"{folder} holds {', '.join(others)} without an index." if others else f"{folder} holds no weights.",
+        "A checkpoint is a .gguf file, or a folder with model.safetensors or several files and their index.",
+        "Download it again; what is there already is kept." if others else "Check the path.",
+    )
+
+
+def _listed_shards(folder: Path, index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as err:
+        raise broken_file(index, "it does not list the files of the checkpoint") from err
+    if not names or not all(isinstance(name, str) and _is_file_name(name) for name in names):
+        raise broken_file(index, "it names something else than files beside it")
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
         raise BrokenCheckpointError(
-            f"{folder} holds no weights.",
-            "A checkpoint is a .gguf file or a folder with safetensors.",
-            "Check the path.",
+            f"{folder} lacks {', '.join(missing)}.",
+            f"The index names {len(names)} files and all are needed.",
+            "Download it again; what is there already is kept.",
         )
-    return shards
+    return [folder / name for name in names]
+
+
+def _is_file_name(name: str) -> bool:
+    """Tell a plain name from a path, which could lead out of the folder."""
+    return name.endswith(".safetensors") and not any(mark in name for mark in "/\\\0")
 
 
 def _count_bytes(shards: list[Path]) -> tuple[int, int]:
     """Return the bytes of the text model's tensors and of all tensors, from the shards' checked headers."""
     from safetensors import SafetensorError, safe_open
 
-    from gemma_qat_kit.layouts import Tensor, is_text
+    from gemma_qat_kit.layouts import GROUP_BYTES, Tensor, is_text
 
     text = everything = 0
     for shard in shards:
@@ -180,25 +209,47 @@ def _count_bytes(shards: list[Path]) -> tuple[int, int]:
                     nbytes = Tensor(name, part.get_dtype(), tuple(part.get_shape())).nbytes
                     everything += nbytes
                     text += nbytes if is_text(name) else 0
-        except (SafetensorError, OSError, KeyError) as err:
+        except SafetensorError as err:
             raise broken_file(shard, f"it is damaged or cut short ({err})") from err
+        except KeyError as err:
+            raise BrokenCheckpointError(
+                f"{shard} holds values of type {err.args[0]}.",
+                f"The published checkpoints hold {', '.join(GROUP_BYTES)}.",
+                "Take one of the catalog's checkpoints.",
+            ) from err
     return text, everything
 
 
-def _folder_format(folder: Path, config: dict) -> str:
-    quantization = config.get("quantization_config") or {}
+def _folder_format(folder: Path, quantization: dict) -> str:
     method = quantization.get("quant_method")
-    known = {"gemma": "mobile", "compressed-tensors": "w4a16", "bitsandbytes": "nf4"}
-    if method in known:
-        return known[method]
+    if method == "gemma":
+        return "mobile"
+    if method == "bitsandbytes":
+        return "int8" if quantization.get("load_in_8bit") else "nf4"
+    if method == "compressed-tensors" and _bits(quantization) == {4}:
+        return "w4a16"
     if method is not None:
+        layout = f" ({quantization.get('format')})" if method == "compressed-tensors" else ""
         raise BrokenCheckpointError(
-            f"{folder} is quantized with {method!r}.",
-            f"The kit loads {', '.join(known)} and unquantized weights.",
+            f"{folder} is quantized with {method!r}{layout}.",
+            "The kit loads mobile, w4a16, bitsandbytes and unquantized weights.",
             "Take one of the catalog's checkpoints.",
         )
     # The QAT weights' config carries quantization keys without a method, and their repositories say it in the name.
     return "q4_0-unquantized" if quantization or "q4_0-unquantized" in str(folder.resolve()) else "bf16"
+
+
+def _bits(quantization: dict) -> set:
+    """Return the widths of a compressed-tensors checkpoint's packed integers; of any other layout, nothing."""
+    try:
+        groups = [group["weights"] for group in quantization["config_groups"].values()]
+        return {group["num_bits"] for group in groups if quantization["format"] == "pack-quantized"}
+    except (KeyError, TypeError, AttributeError):
+        return set()
+
+
+def _is_pickle(path: Path) -> bool:
+    return path.suffix.lower() in _PICKLES
 
 
 def _unsafe(path: Path) -> UnsafeCheckpointError:

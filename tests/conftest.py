@@ -5,6 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 from loopback_hub import LoopbackHub
+from small_files import write_folder
 from tiny_repo import FILES, REPO
 
 SHOWN = ("torch", "transformers", "huggingface_hub", "tokenizers", "xllamacpp", "numpy", "ipywidgets", "ipykernel")
@@ -51,6 +52,12 @@ def tiny(tmp_path_factory):
         return write_tiny_checkpoint(root / f"{size}-{format}", size, format)
 
     return write
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Return a function that writes a small checkpoint folder: `write_folder`, always at the same place."""
+    return functools.partial(write_folder, tmp_path / "checkpoint")
 
 
 @pytest.fixture(scope="session")

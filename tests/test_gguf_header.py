@@ -7,6 +7,7 @@ import gguf
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from small_files import ARRAY, STRING, U32, gguf_bytes, key, tensor, text
 
 from gemma_qat_kit.architectures import GEMMA_SIZES
 from gemma_qat_kit.errors import BrokenCheckpointError
@@ -15,29 +16,6 @@ from gemma_qat_kit.gguf_header import GgufHeader, read_gguf_header
 QUICK = settings(
     max_examples=150, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
 )
-U32, F32, STRING, ARRAY = 4, 6, 8, 9
-
-
-def text(value):
-    raw = value.encode()
-    return struct.pack("<Q", len(raw)) + raw
-
-
-def key(name, kind, value):
-    return text(name) + struct.pack("<I", kind) + value
-
-
-def tensor(name, shape=(8,), kind=0, offset=0, num_axes=None):
-    axes = struct.pack("<I", len(shape) if num_axes is None else num_axes) + struct.pack(f"<{len(shape)}Q", *shape)
-    return text(name) + axes + struct.pack("<IQ", kind, offset)
-
-
-def gguf_bytes(keys=(), tensors=(), *, version=3, num_keys=None, num_tensors=None, data=bytes(1024)):
-    counts = (
-        len(tensors) if num_tensors is None else num_tensors,
-        len(keys) if num_keys is None else num_keys,
-    )
-    return b"GGUF" + struct.pack("<IQQ", version, *counts) + b"".join([*keys, *tensors]) + data
 
 
 @pytest.fixture
