@@ -99,7 +99,7 @@ def _load(request: _Request) -> Model:
             raise _no_drafter(row.key)
     path = _fetch(row, request)
     drafter = _fetch_drafter(row, request) if request.drafter else None
-    return _load_local(path, drafter, request)
+    return _load_local(path, row, drafter, request)
 
 
 def _catalog_row(request: _Request) -> Checkpoint | None:
@@ -174,15 +174,15 @@ def _no_drafter(name: str) -> BadSettingError:
     )
 
 
-def _load_local(path: Path, drafter: Path | None, request: _Request) -> Model:
+def _load_local(path: Path, row: Checkpoint | None, drafter: Path | None, request: _Request) -> Model:
     """Look at what lies at a path and hand it to its engine."""
     from gemma_qat_kit.checkpoint import inspect_checkpoint
 
     found = inspect_checkpoint(path)
-    format = _agreed_format(found, request.format)
+    size = row.size if row else found.size
+    format = _agreed_format(found, row.format if row else request.format)
     weights = found.text_bytes if request.text_only else found.all_bytes
-    is_local = _is_path(request.source)
-    if is_local:
+    if row is None:
         _check_memory(request.source, weights - found.looked_up_bytes, found.engine, request)
     if found.engine == "llama_cpp":
         if drafter:
@@ -206,8 +206,8 @@ def _load_local(path: Path, drafter: Path | None, request: _Request) -> Model:
             report=request.report,
             weight_bytes=weights,
         )
-    sampling = find_checkpoint(BUILT_IN_SIZE).sampling if found.size == BUILT_IN_SIZE else _GEMMA
-    return Model(found.size, format, sampling, runner)
+    sampling = find_checkpoint(BUILT_IN_SIZE).sampling if size == BUILT_IN_SIZE else _GEMMA
+    return Model(size, format, sampling, runner)
 
 
 def _agreed_format(found, wanted: str | None) -> str:

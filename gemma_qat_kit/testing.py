@@ -218,13 +218,20 @@ def _write_folder(folder: Path, config: dict, state: dict, generation: dict | No
 CHAT_TEMPLATE = """{{- bos_token -}}
 {%- set ns = namespace(messages=messages) -%}
 {%- if enable_thinking or messages[0]['role'] == 'system' -%}
-<|turn>system
-{% if enable_thinking %}<|think|>
-{% endif %}{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] | trim }}{% set ns.messages =
-messages[1:] %}{% endif %}<turn|> {% endif -%} {%- for message in ns.messages -%} <|turn>{{ 'model' if message['role']
-== 'assistant' else message['role'] }} {% for part in message['content'].split('<channel|>') %}{{
-part.split('<|channel>')[0] }}{% endfor %}<turn|> {% endfor -%} {%- if add_generation_prompt -%}<|turn>model
-{% endif -%}"""
+{{- '<|turn>system\\n' -}}
+{%- if enable_thinking %}{{ '<|think|>\\n' }}{% endif -%}
+{%- if messages[0]['role'] == 'system' -%}
+{{- messages[0]['content'] | trim -}}
+{%- set ns.messages = messages[1:] -%}
+{%- endif -%}
+{{- '<turn|>\\n' -}}
+{%- endif -%}
+{%- for message in ns.messages -%}
+{{- '<|turn>' + ('model' if message['role'] == 'assistant' else message['role']) + '\\n' -}}
+{%- for part in message['content'].split('<channel|>') %}{{ part.split('<|channel>')[0] }}{% endfor -%}
+{{- '<turn|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt %}{{ '<|turn>model\\n' }}{% endif -%}"""
 
 _SPECIAL = {0: "<pad>", 1: "<eos>", 2: "<bos>", 3: "<unk>", 50: "<|tool_response>", 98: "<|think|>", 100: "<|channel>",
             101: "<channel|>", 105: "<|turn>", 106: "<turn|>", 500: "<|image|>", 501: "<|audio|>", 502: "<|image>",

@@ -1,7 +1,6 @@
 """Run a folder of safetensors with transformers: the reference for every layout, and what trains."""
 
 import gc
-import queue
 import threading
 import time
 import warnings
@@ -12,8 +11,9 @@ from pathlib import Path
 from gemma_qat_kit.architectures import GEMMA_SIZES, MOBILE_SIZES, hf_config
 from gemma_qat_kit.checkpoint import read_config
 from gemma_qat_kit.engines import transformers_traps as traps
+from gemma_qat_kit.engines.transformers_stream import GenerateStream
 from gemma_qat_kit.errors import BadSettingError, BrokenCheckpointError, MissingLibraryError, ModelClosedError
-from gemma_qat_kit.generation import STOP_IDS, Delta, Finish, Message, Settings
+from gemma_qat_kit.generation import Message, Settings
 from gemma_qat_kit.progress import Progress, Report
 
 _LIBRARIES = {"w4a16": ("compressed_tensors", "compressed-tensors"), "nf4": ("bitsandbytes",) * 2,
@@ -66,7 +66,7 @@ class TransformersEngine:
         self.dtype = best_dtype(self.device)
         self.context_length = context_length
         config = _load_config(folder, text_only)
-        with traps.repaired(), _reporting(report, weight_bytes):
+        with traps.repaired(), _quiet(), _reporting(report, weight_bytes):
             self.model = _load_model(folder, config, self.dtype, self.device, _quantization(format, self.dtype))
             self.drafter = _load_drafter(drafter, self.dtype, self.device) if drafter else None
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -78,7 +78,7 @@ class TransformersEngine:
         """The plain (model, processor) of transformers; the processor of a text-only load is its tokenizer."""
         return self.model, self.processor
 
-    def stream(self, conversation: str | list[Message], settings: Settings) -> "_TransformersStream":
+    def stream(self, conversation: str | list[Message], settings: Settings) -> "GenerateStream":
         """Start answering a conversation (or, given a string, continuing a text) and return the stream."""
         if self.model is None:
             raise ModelClosedError("This model is closed.", "A closed model answers no more.", "Load it again.")
@@ -90,7 +90,7 @@ class TransformersEngine:
                 f"With its answer it must fit in context_length={self.context_length:,}.",
                 "Shorten it, or load the model with a larger context_length.",
             )
-        return _TransformersStream(self, inputs, settings, min(settings.max_new_tokens, room))
+        return GenerateStream(self, inputs, settings, min(settings.max_new_tokens, room))
 
     def _encode(self, conversation: str | list[Message], settings: Settings):
         if isinstance(conversation, str):
@@ -155,7 +155,7 @@ def _load_config(folder: Path, text_only: bool):
     kind = content.pop("model_type")
     try:
         config = AutoConfig.for_model(kind, **content)
-    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as err:
+    except Exception as err:  # each release validates in its own way
         raise BrokenCheckpointError(
             f"{folder / 'config.json'} does not describe a {kind} model: {err}.",
             "Its keys and values must be those of the published checkpoints.",
@@ -200,9 +200,10 @@ def _quantization(format: str, dtype):
         return None
     from transformers import BitsAndBytesConfig
 
+    kept = {"llm_int8_skip_modules": ["lm_head", "router.proj"]}  # a router is tiny, and a wrong expert costs much
     if format == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+        return BitsAndBytesConfig(load_in_8bit=True, **kept)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, **kept)
 
 
 def _load_model(folder: Path, config, dtype, device, quantization):
@@ -260,6 +261,19 @@ def _load_processor(folder: Path):
 
 
 @contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep back transformers' table of unused tensors (the towers, on purpose); missing ones are checked here."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+@contextmanager
 def _reporting(report: Report | None, weight_bytes: int | None) -> Iterator[None]:
     """Send transformers' own loading bar to `report`, which may stop the load by raising."""
     from transformers.utils import logging
@@ -303,120 +317,3 @@ class _Bar:
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *args, **kwargs: None
-
-
-class _TransformersStream:
-    """One `generate` call in a worker thread; it is also the streamer that `generate` hands its tokens to."""
-
-    def __init__(self, engine: TransformersEngine, inputs, settings: Settings, max_new_tokens: int):
-        self._engine, self._inputs, self._settings, self._max = engine, inputs, settings, max_new_tokens
-        self._pieces: queue.SimpleQueue = queue.SimpleQueue()
-        self._cancelled = threading.Event()
-        self._num_prompt, self._num_new, self._last_id = inputs["input_ids"].shape[1], 0, None
-        self._splitter = ThoughtSplitter(engine.tokenizer)
-        self._is_prompt = True
-        threading.Thread(target=self._run, daemon=True).start()
-
-    def _run(self) -> None:
-        try:
-            with self._engine._lock:
-                self._generate()
-            for piece in self._splitter.flush():
-                self._pieces.put(piece)
-            is_stop = self._last_id in STOP_IDS or self._cancelled.is_set()
-            self._pieces.put(Finish("stop" if is_stop else "length", self._num_prompt, self._num_new))
-        except BaseException as err:
-            self._pieces.put(err)
-
-    def _generate(self) -> None:
-        import torch
-
-        settings, model = self._settings, self._engine.model
-        if settings.seed is not None:
-            torch.manual_seed(settings.seed)
-        sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        if settings.temperature > 0:
-            sampling = {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p,
-                        "top_k": settings.top_k}  # fmt: skip
-        with torch.inference_mode():
-            model.generate(
-                **self._inputs,
-                **sampling,
-                max_new_tokens=self._max,
-                eos_token_id=[i for i in STOP_IDS if i < model.config.get_text_config().vocab_size],
-                pad_token_id=0,
-                streamer=self,
-                stopping_criteria=[
-                    lambda ids, scores: torch.full((len(ids),), self._cancelled.is_set(), device=ids.device)
-                ],
-                **({"assistant_model": self._engine.drafter} if self._engine.drafter is not None else {}),
-            )
-
-    def put(self, ids) -> None:
-        """Take token ids from `generate`; the first ones are the prompt."""
-        if self._is_prompt:
-            self._is_prompt = False
-            return
-        for token_id in ids.flatten().tolist():
-            self._num_new += 1
-            self._last_id = token_id
-            for piece in self._splitter.push(token_id):
-                self._pieces.put(piece)
-
-    def end(self) -> None:
-        """Called by `generate` after the last token; the end is told by `_run`."""
-
-    def __iter__(self) -> Iterator[Delta | Finish]:
-        while True:
-            piece = self._pieces.get()
-            if isinstance(piece, BaseException):
-                raise piece
-            yield piece
-            if isinstance(piece, Finish):
-                return
-
-    def cancel(self) -> None:
-        """Stop after the token that is being computed."""
-        self._cancelled.set()
-
-
-class ThoughtSplitter:
-    """Turn token ids into text as they come, thoughts apart from the answer.
-
-    A thought block is `<|channel>thought\\n … <channel|>`; its first line names the channel and is dropped.
-    """
-
-    def __init__(self, tokenizer):
-        self._tokenizer = tokenizer
-        self._open, self._close = (tokenizer.convert_tokens_to_ids(t) for t in ("<|channel>", "<channel|>"))
-        self._is_thought = self._is_header = False
-        self._ids: list[int] = []
-        self._shown = 0  # characters of the decoded ids that have been given out
-
-    def push(self, token_id: int) -> Iterator[Delta]:
-        """Yield the text that one more token completes."""
-        if token_id in (self._open, self._close):
-            yield from self.flush()
-            self._is_thought = self._is_header = token_id == self._open
-            return
-        self._ids.append(token_id)
-        yield from self._new_text(is_last=False)
-
-    def flush(self) -> Iterator[Delta]:
-        """Yield what is left, incomplete characters included, and start a new segment."""
-        yield from self._new_text(is_last=True)
-        self._ids, self._shown, self._is_header = [], 0, False
-
-    def _new_text(self, *, is_last: bool) -> Iterator[Delta]:
-        text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
-        if text.endswith("\ufffd") and not is_last:
-            return  # a character whose last bytes are still to come
-        if self._is_header:
-            if "\n" not in text:
-                return
-            self._is_header, self._shown = False, text.index("\n") + 1
-        if new := text[self._shown :]:
-            self._shown = len(text)
-            yield Delta.thought(new) if self._is_thought else Delta(new)
-            if new.endswith("\n") and not self._is_header:
-                self._ids, self._shown = [], 0  # decode from here: the cost of a token stays constant

@@ -1,0 +1,124 @@
+"""One answer of a transformers model while it is generated: tokens to text, thoughts apart from the answer."""
+
+import queue
+import threading
+from collections.abc import Iterator
+
+from gemma_qat_kit.generation import STOP_IDS, Delta, Finish, Settings
+
+
+class GenerateStream:
+    """One `generate` call in a worker thread; it is also the streamer that `generate` hands its tokens to."""
+
+    def __init__(self, engine, inputs, settings: Settings, max_new_tokens: int):
+        self._engine, self._inputs, self._settings, self._max = engine, inputs, settings, max_new_tokens
+        self._pieces: queue.SimpleQueue = queue.SimpleQueue()
+        self._cancelled = threading.Event()
+        self._num_prompt, self._num_new, self._last_id = inputs["input_ids"].shape[1], 0, None
+        self._splitter = ThoughtSplitter(engine.tokenizer)
+        self._is_prompt = True
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        try:
+            with self._engine._lock:
+                self._generate()
+            for piece in self._splitter.flush():
+                self._pieces.put(piece)
+            is_stop = self._last_id in STOP_IDS or self._cancelled.is_set()
+            self._pieces.put(Finish("stop" if is_stop else "length", self._num_prompt, self._num_new))
+        except BaseException as err:
+            self._pieces.put(err)
+
+    def _generate(self) -> None:
+        import torch
+
+        settings, model = self._settings, self._engine.model
+        if settings.seed is not None:
+            torch.manual_seed(settings.seed)
+        sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        if settings.temperature > 0:
+            sampling = {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p,
+                        "top_k": settings.top_k}  # fmt: skip
+        with torch.inference_mode():
+            model.generate(
+                **self._inputs,
+                **sampling,
+                max_new_tokens=self._max,
+                eos_token_id=[i for i in STOP_IDS if i < model.config.get_text_config().vocab_size],
+                pad_token_id=0,
+                streamer=self,
+                stopping_criteria=[
+                    lambda ids, scores: torch.full((len(ids),), self._cancelled.is_set(), device=ids.device)
+                ],
+                **({"assistant_model": self._engine.drafter} if self._engine.drafter is not None else {}),
+            )
+
+    def put(self, ids) -> None:
+        """Take token ids from `generate`; the first ones are the prompt."""
+        if self._is_prompt:
+            self._is_prompt = False
+            return
+        for token_id in ids.flatten().tolist():
+            self._num_new += 1
+            self._last_id = token_id
+            for piece in self._splitter.push(token_id):
+                self._pieces.put(piece)
+
+    def end(self) -> None:
+        """Called by `generate` after the last token; the end is told by `_run`."""
+
+    def __iter__(self) -> Iterator[Delta | Finish]:
+        while True:
+            piece = self._pieces.get()
+            if isinstance(piece, BaseException):
+                raise piece
+            yield piece
+            if isinstance(piece, Finish):
+                return
+
+    def cancel(self) -> None:
+        """Stop after the token that is being computed."""
+        self._cancelled.set()
+
+
+class ThoughtSplitter:
+    """Turn token ids into text as they come, thoughts apart from the answer.
+
+    A thought block is `<|channel>thought\\n … <channel|>`; its first line names the channel and is dropped.
+    """
+
+    def __init__(self, tokenizer):
+        self._tokenizer = tokenizer
+        self._open, self._close = (tokenizer.convert_tokens_to_ids(t) for t in ("<|channel>", "<channel|>"))
+        self._is_thought = self._is_header = False
+        self._ids: list[int] = []
+        self._shown = 0  # characters of the decoded ids that have been given out
+
+    def push(self, token_id: int) -> Iterator[Delta]:
+        """Yield the text that one more token completes."""
+        if token_id in (self._open, self._close):
+            yield from self.flush()
+            self._is_thought = self._is_header = token_id == self._open
+            return
+        self._ids.append(token_id)
+        yield from self._new_text(is_last=False)
+
+    def flush(self) -> Iterator[Delta]:
+        """Yield what is left, incomplete characters included, and start a new segment."""
+        yield from self._new_text(is_last=True)
+        self._ids, self._shown, self._is_header = [], 0, False
+
+    def _new_text(self, *, is_last: bool) -> Iterator[Delta]:
+        text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        if text.endswith("\ufffd") and not is_last:
+            return  # a character whose last bytes are still to come
+        if self._is_header:
+            if "\n" not in text:
+                return
+            self._is_header, self._shown = False, text.index("\n") + 1
+        if new := text[self._shown :]:
+            self._shown = len(text)
+            yield Delta.thought(new) if self._is_thought else Delta(new)
+            if new.endswith("\n") and not self._is_header:
+                self._ids, self._shown = [], 0  # decode from here: the cost of a token stays constant
