@@ -32,7 +32,9 @@ RUN_ALL = """async () => {
 
 def lab_command(*arguments):
     """The last command of `make lab`, run by this Python and with more arguments."""
-    lines = subprocess.run(["make", "-n", "lab"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    lines = subprocess.run(
+        ["make", "-n", "--no-print-directory", "lab"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     command = shlex.split(lines.strip().splitlines()[-1])
     assert command[:3] == [".venv/bin/python", "-m", "jupyterlab"]
     return [sys.executable, *command[1:], *arguments]

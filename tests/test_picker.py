@@ -133,6 +133,17 @@ def test_running_the_cell_again_keeps_the_choice_and_the_model(loader):
     assert other.model is None
 
 
+def test_two_pickers_that_load_at_once_load_one_model(loader):
+    loader.gate.clear()
+    first, again = Picker(), Picker()
+    click(first._load_button)
+    click(again._load_button)
+    loader.gate.set()
+    model = again.load()
+    first.load()
+    assert loader.models == [model]
+
+
 def test_a_model_that_was_closed_is_loaded_again(loader):
     shown = Picker()
     shown.load().close()

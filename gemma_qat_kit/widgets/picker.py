@@ -10,6 +10,7 @@ from gemma_qat_kit.catalog import BUILT_IN_SIZE, SIZES, Checkpoint, catalog, fin
 from gemma_qat_kit.environment import environment
 from gemma_qat_kit.errors import CancelledError
 from gemma_qat_kit.hub.cache import readable_bytes
+from gemma_qat_kit.model import Model
 from gemma_qat_kit.progress import Progress
 from gemma_qat_kit.widgets import pump
 from gemma_qat_kit.widgets.look import STYLE, error_html, escape, status_html
@@ -22,13 +23,14 @@ class _Kept:
 
     asked: tuple | None = None
     choice: tuple[str, str] | None = None
-    model: object | None = None
+    model: Model | None = None
     model_choice: tuple[str, str] | None = None
     owner: "Picker | None" = None
 
 
 _kept = _Kept()
 _lock = threading.RLock()  # callbacks run in the kernel's main thread or beside it, depending on its version
+_one_at_a_time = threading.Lock()  # held while loading: a cell that runs again has a second Picker beside the first
 
 
 class Picker(widgets.VBox):
@@ -62,7 +64,6 @@ class Picker(widgets.VBox):
         self._fill_formats(start[1])
         self._size.observe(lambda change: self._fill_formats(self._format.value), names="value")
         self._format.observe(lambda change: self._choose(), names="value")
-        self._choose()
         buttons = widgets.HBox(
             [self._load_button, self._cancel_button, self._bar, self._bar_label],
             layout=widgets.Layout(flex_flow="row wrap", align_items="center", margin="8px 0 0"),
@@ -79,11 +80,11 @@ class Picker(widgets.VBox):
         return self._size.value, self._format.value
 
     @property
-    def model(self):
+    def model(self) -> Model | None:
         """The `Model` that this picker loaded, or None."""
         return _kept.model if _kept.owner is self else None
 
-    def load(self):
+    def load(self) -> Model:
         """Load the current choice now, showing progress, and return its `Model`.
 
         A choice that is loaded already is returned at once; the model of another choice is closed first.
@@ -176,14 +177,14 @@ class Picker(widgets.VBox):
         choice, started = self.choice, time.monotonic()
         try:
             find_checkpoint(*choice)
-            close_picked_model()
-            model = load(*choice, report=self._report)
+            with _one_at_a_time:
+                if not self._is_chosen_loaded():
+                    close_picked_model()
+                    _kept.model, _kept.model_choice = load(*choice, report=self._report), choice
+                _kept.owner = self
+            self._message = f"{self.model.name} is loaded, in {time.monotonic() - started:.3g} s."
         except Exception as err:
             self._error, self._message = err, "Cancelled; nothing is loaded."
-        else:
-            with _lock:
-                _kept.model, _kept.model_choice, _kept.owner = model, choice, self
-            self._message = f"{model.name} is loaded, in {time.monotonic() - started:.3g} s."
         finally:
             self._is_running = False
 
