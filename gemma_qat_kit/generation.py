@@ -1,8 +1,10 @@
 """What goes into a generation and what comes out, the same for every engine."""
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Protocol
 
 from gemma_qat_kit.errors import BadSettingError
@@ -13,6 +15,8 @@ Message = dict[str, str]
 ROLES = ("system", "user", "assistant")
 STOP_IDS = [1, 106, 50]
 """Ids that end Gemma 4's turn: <eos>, <turn|> and <|tool_response>. Source: the model cards' generation_config.json."""
+_MAX_INT = 2**31 - 1  # the engines count in int32
+_MAX_SEED = 2**32 - 2  # llama.cpp takes 32 bits, all ones for "draw one"
 
 
 @dataclass(frozen=True)
@@ -36,13 +40,28 @@ class Settings:
     seed: int | None
 
     def __post_init__(self) -> None:
-        _check("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "an integer of 1 or more", "512")
-        _check("temperature", self.temperature, 0 <= self.temperature <= 10, "a number from 0 to 10", "1.0")
-        _check("top_p", self.top_p, 0 < self.top_p <= 1, "a number above 0, up to 1", "0.95")
-        _check("top_k", self.top_k, self.top_k >= 0, "0 (all) or a positive integer", "64")
+        is_bool = isinstance(self.thinking, bool)
+        _check("thinking", self.thinking, is_bool, "True or False", "False")
+        self._take("max_new_tokens", int, 1 <= _number(self.max_new_tokens) <= _MAX_INT, "an integer of 1 or more", 512)
+        self._take("temperature", float, 0 <= _number(self.temperature) <= 10, "a number from 0 to 10", 1.0)
+        self._take("top_p", float, 0 < _number(self.top_p) <= 1, "a number above 0, up to 1", 0.95)
+        self._take("top_k", int, 0 <= _number(self.top_k) <= _MAX_INT, "0 (all) or a positive integer", 64)
+        if self.seed is not None:
+            self._take("seed", int, 0 <= _number(self.seed) <= _MAX_SEED, f"None or an integer up to {_MAX_SEED:,}", 0)
+
+    def _take(self, name: str, kind: type, is_good: bool, allowed: str, example: float) -> None:
+        """Check a number and keep it as Python's own, which JSON can carry; numpy's are taken, too."""
+        value = getattr(self, name)
+        _check(name, value, is_good and (kind is float or isinstance(value, Integral)), allowed, example)
+        object.__setattr__(self, name, kind(value))
 
 
-def _check(name: str, value: object, is_good: bool, allowed: str, example: str) -> None:
+def _number(value: object) -> float:
+    """Return a number as it is, anything else as one that is in no range: text and booleans are mistakes."""
+    return value if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+
+
+def _check(name: str, value: object, is_good: bool, allowed: str, example: object) -> None:
     if not is_good:
         raise BadSettingError(f"{name}={value!r} cannot be used.", f"It is {allowed}.", f"Try {name}={example}.")
 
@@ -82,7 +101,7 @@ class Reply:
     Attributes:
         text: The answer.
         thoughts: What the model thought before it; never part of the history.
-        finish_reason: "stop", "length" or "cancelled".
+        finish_reason: "stop", "length", "cancelled", or "unfinished" of a reply that is still coming or broke off.
         prompt_tokens: Tokens read, or None where the engine does not say.
         new_tokens: Tokens generated.
         first_token_seconds: From the call to the first piece of text.
@@ -164,16 +183,17 @@ class Stream:
             self._ended = time.perf_counter()
 
     def cancel(self) -> None:
-        """Stop generating, from any thread; what was generated stays in `reply`."""
-        self._cancelled = True
-        self.source.cancel()
+        """Stop generating, from any thread; what was generated stays in `reply`. After the end it changes nothing."""
+        if self._ended is None:
+            self._cancelled = True
+            self.source.cancel()
 
     close = cancel
 
     @property
     def reply(self) -> Reply:
         """The answer so far; complete once the iteration has ended."""
-        finish = self._finish or Finish("length")
+        finish = self._finish or Finish("unfinished")
         end = self._ended or time.perf_counter()
         pieces = len(self._answer) + len(self._thoughts)
         return Reply(
@@ -196,15 +216,12 @@ def as_messages(conversation: str | list[Message]) -> list[Message]:
     Raises:
         BadSettingError: Empty, a role that is not in `ROLES`, a content that is not text, or no question at the end.
     """
-    messages = [{"role": "user", "content": conversation}] if isinstance(conversation, str) else list(conversation)
+    is_list = isinstance(conversation, (list, tuple))
+    messages = list(conversation) if is_list else [{"role": "user", "content": conversation}]
     for message in messages:
-        if (
-            not isinstance(message, dict)
-            or message.get("role") not in ROLES
-            or not isinstance(message.get("content"), str)
-        ):
+        if not _is_message(message):
             raise BadSettingError(
-                f"{message!r} is not a message.",
+                f"{message!r:.200} is not a message." if is_list else f"{conversation!r:.200} is not a conversation.",
                 'A message is {"role": "system", "user" or "assistant", "content": text}.',
                 'Pass a string, or a list such as [{"role": "user", "content": "Hello"}].',
             )
@@ -214,7 +231,12 @@ def as_messages(conversation: str | list[Message]) -> list[Message]:
             "The last message is the user's and is not empty.",
             "Add one and try again.",
         )
-    return [message | {"content": strip_thoughts(message["content"])} for message in messages]
+    return [m | {"content": strip_thoughts(m["content"])} if m["role"] == "assistant" else m for m in messages]
+
+
+def _is_message(message: object) -> bool:
+    is_turn = isinstance(message, dict) and message.get("role") in ROLES
+    return is_turn and isinstance(message.get("content"), str)
 
 
 def strip_thoughts(text: str) -> str:
