@@ -6,6 +6,7 @@ Weights and key/value cache are exact sums; the engine's own buffers are an esti
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Integral
 
 from gemma_qat_kit.architectures import hf_config
 from gemma_qat_kit.catalog import BUILT_IN_SIZE, find_checkpoint
@@ -90,7 +91,7 @@ def plan_memory(
     Raises:
         UnknownNameError: Unknown size or format.
         NotPublishedError: There is no such checkpoint.
-        BadSettingError: `context_length` is not positive or is beyond the model's.
+        BadSettingError: `context_length` is not a positive integer or is beyond the model's.
     """
     row = find_checkpoint(size, format)
     if row.size == BUILT_IN_SIZE:
@@ -109,7 +110,8 @@ def plan_memory(
 
 
 def _check_context(context_length: int, longest: int) -> None:
-    if not 1 <= context_length <= longest:
+    is_count = isinstance(context_length, Integral) and not isinstance(context_length, bool)
+    if not is_count or not 1 <= context_length <= longest:
         raise BadSettingError(
             f"context_length={context_length!r} cannot be used.",
             f"This model takes 1 to {longest:,} tokens.",
@@ -144,7 +146,7 @@ def _add_up(tensors: Iterator[Tensor], format: str, text_only: bool) -> dict[str
 
 
 def _nbytes(tensor: Tensor, format: str) -> int:
-    is_linear = tensor.name.endswith("_proj.weight") or "per_layer_projection.weight" in tensor.name
+    is_linear = tensor.name.endswith(("_proj.weight", "_projection.weight", "per_layer_input_gate.weight"))
     if format in _BITS and is_text(tensor.name) and is_linear:
         return int(tensor.num_values * _BITS[format] / 8)
     return tensor.nbytes

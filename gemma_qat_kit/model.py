@@ -83,8 +83,10 @@ class Model:
             An iterator of text pieces with `reply` (the answer so far) and `cancel()`.
 
         Raises:
-            BadSettingError: A setting or message that cannot be used, or a prompt beyond `context_length`.
+            BadSettingError: A setting or message that cannot be used, or a prompt beyond `context_length`, which
+                llama.cpp finds at the first piece.
             ModelClosedError: The model was closed.
+            EndpointError: At the first piece: the server is down or refuses the request.
         """
         if thinking and self.size == BUILT_IN_SIZE:
             raise BadSettingError(
@@ -108,8 +110,10 @@ class Model:
         seed: int | None = None,
     ) -> Reply:
         """Continue a raw text without the chat template; the arguments are those of `stream`."""
-        if not prompt:
-            raise BadSettingError("The prompt is empty.", "There must be a text to continue.", "Pass some text.")
+        if not isinstance(prompt, str) or not prompt:
+            raise BadSettingError(
+                f"{prompt!r:.200} is no prompt.", "There must be a text to continue.", "Pass some text, or use chat()."
+            )
         settings = self._settings(False, max_new_tokens, temperature, top_p, top_k, seed)
         return _finish(Stream(self.runner.stream(prompt, settings)))
 
