@@ -201,6 +201,11 @@ def _write_folder(folder: Path, config: dict, state: dict, generation: dict | No
     from safetensors.torch import save_file
 
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    write_settings(folder, config, generation)
+
+
+def write_settings(folder: Path, config: dict, generation: dict | None = None) -> None:
+    """Write what lies beside the weights: config, generation defaults, tokenizer and chat template."""
     defaults = {"bos_token_id": 2, "eos_token_id": [1, 106, 50], "pad_token_id": 0, "do_sample": True,
                 "temperature": 1.0, "top_k": 64, "top_p": 0.95}  # fmt: skip
     tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<bos>", "eos_token": "<eos>",

@@ -16,7 +16,7 @@ import gemma_qat_kit as gqk
 from gemma_qat_kit import testing
 from gemma_qat_kit.architectures import GEMMA_SIZES, MOBILE_SIZES
 from gemma_qat_kit.engines import transformers_traps
-from gemma_qat_kit.engines.transformers import UnknownConfigKeyWarning
+from gemma_qat_kit.engines.transformers_config import UnknownConfigKeyWarning
 from gemma_qat_kit.engines.transformers_stream import ThoughtSplitter
 from gemma_qat_kit.errors import (
     BadSettingError,

@@ -3,14 +3,12 @@
 import gc
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gemma_qat_kit.architectures import GEMMA_SIZES, MOBILE_SIZES, hf_config
-from gemma_qat_kit.checkpoint import read_config
 from gemma_qat_kit.engines import transformers_traps as traps
+from gemma_qat_kit.engines.transformers_config import load_config
 from gemma_qat_kit.engines.transformers_stream import GenerateStream
 from gemma_qat_kit.errors import BadSettingError, BrokenCheckpointError, MissingLibraryError, ModelClosedError
 from gemma_qat_kit.generation import Message, Settings
@@ -18,10 +16,6 @@ from gemma_qat_kit.progress import Progress, Report
 
 _LIBRARIES = {"w4a16": ("compressed_tensors", "compressed-tensors"), "nf4": ("bitsandbytes",) * 2,
               "int8": ("bitsandbytes",) * 2}  # fmt: skip
-
-
-class UnknownConfigKeyWarning(UserWarning):
-    """A config.json has a key that neither the kit nor this transformers release knows."""
 
 
 class TransformersEngine:
@@ -65,7 +59,7 @@ class TransformersEngine:
         )
         self.dtype = best_dtype(self.device)
         self.context_length = context_length
-        config = _load_config(folder, text_only)
+        config = load_config(folder, text_only)
         with traps.repaired(), _quiet(), _reporting(report, weight_bytes):
             self.model = _load_model(folder, config, self.dtype, self.device, _quantization(format, self.dtype))
             self.drafter = _load_drafter(drafter, self.dtype, self.device) if drafter else None
@@ -145,54 +139,6 @@ def _require_libraries(format: str, drafter: Path | None) -> None:
                 f"{package} is not installed.", f"Loading {format} needs it.", f"Run: pip install {package}"
             )
     traps.check_release(drafter=drafter is not None)
-
-
-def _load_config(folder: Path, text_only: bool):
-    """Return transformers' config object, without towers where they stay unread."""
-    from transformers import AutoConfig
-
-    content = traps.clean_config(read_config(folder))
-    kind = content.pop("model_type")
-    try:
-        config = AutoConfig.for_model(kind, **content)
-    except Exception as err:  # each release validates in its own way
-        raise BrokenCheckpointError(
-            f"{folder / 'config.json'} does not describe a {kind} model: {err}.",
-            "Its keys and values must be those of the published checkpoints.",
-            "Download it again.",
-        ) from err
-    _warn_of_unknown_keys(folder, content, config)
-    if text_only:
-        config.vision_config = config.audio_config = None
-    return config
-
-
-_OTHER_KEYS = {"_name_or_path", "expert_intermediate_size", "quantization_config", "transformers_version", "dtype",
-               "torch_dtype", "model_type", "per_layer_config", "generation_config"}  # fmt: skip
-
-
-def _warn_of_unknown_keys(folder: Path, content: dict, config) -> None:
-    sections = {"": (content, config)} | {
-        f"{name}.": (content[name], getattr(config, name))
-        for name in ("text_config", "vision_config", "audio_config")
-        if isinstance(content.get(name), dict)
-    }
-    unknown = []
-    for prefix, (section, parsed) in sections.items():
-        known = _OTHER_KEYS | set(type(parsed).__dataclass_fields__) | _published_keys(prefix.rstrip("."))
-        unknown += [prefix + key for key in section if key not in known]
-    if unknown:
-        warnings.warn(
-            f"{folder / 'config.json'} has keys that nothing here reads: {', '.join(sorted(unknown))}. "
-            "The published checkpoints do not have them. Loading goes on without; a newer transformers may know them.",
-            UnknownConfigKeyWarning,
-            stacklevel=4,
-        )
-
-
-def _published_keys(section: str) -> set[str]:
-    configs = [hf_config(size) for size in GEMMA_SIZES] + [hf_config(size, "mobile") for size in MOBILE_SIZES]
-    return {key for config in configs for key in ((config[section] or {}) if section else config)}
 
 
 def _quantization(format: str, dtype):

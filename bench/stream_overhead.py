@@ -1,0 +1,66 @@
+"""What `Model.stream` costs beside xllamacpp called directly: tokens/s of the same answer, in turns, in one run.
+
+    python bench/stream_overhead.py [path.gguf]
+
+Without a path it takes the built-in model, whose tokens come fastest and so weigh any overhead most. Target: 0.97.
+"""
+
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import xllamacpp
+
+import gemma_qat_kit as gqk
+from gemma_qat_kit.load import built_in_checkpoint
+
+QUESTION, NUM_TOKENS, ROUNDS = "Tell me a long story about the sea.", 200, 11
+
+
+def direct_server(path: Path) -> xllamacpp.Server:
+    """Return llama.cpp's server in this process, set up as the kit sets it up."""
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.n_parallel, params.verbosity = str(path), 2048, 1, 1
+    params.ui = False
+    return xllamacpp.Server(params)
+
+
+def time_direct(server: xllamacpp.Server) -> tuple[float, str]:
+    """Return tokens/s and the text of one answer by xllamacpp."""
+    body = {
+        "messages": [{"role": "user", "content": QUESTION}],
+        "max_tokens": NUM_TOKENS,
+        "temperature": 0,
+        "stream": True,
+    }
+    pieces, started = [], time.perf_counter()
+    server.handle_chat_completions(body, pieces.append)
+    seconds = time.perf_counter() - started
+    deltas = [choice["delta"].get("content") or "" for piece in pieces for choice in piece["choices"]]
+    return sum(map(bool, deltas)) / seconds, "".join(deltas)
+
+
+def time_ours(model: gqk.Model) -> tuple[float, str]:
+    """Return tokens/s and the text of one answer by `Model.stream`."""
+    started = time.perf_counter()
+    pieces = list(model.stream(QUESTION, max_new_tokens=NUM_TOKENS, temperature=0))
+    return len(pieces) / (time.perf_counter() - started), "".join(pieces)
+
+
+def main() -> None:
+    """Print the ratio of the medians."""
+    path = Path(sys.argv[1]) if len(sys.argv) > 1 else built_in_checkpoint()
+    server = direct_server(path)
+    with gqk.load(path, context_length=2048) as model:
+        time_direct(server), time_ours(model)  # both have read the prompt once
+        pairs = [(time_direct(server), time_ours(model)) for _ in range(ROUNDS)]
+        name = model.name
+    assert all(a[1] == b[1] for a, b in pairs), "the two gave different answers"
+    direct, ours = (statistics.median(rate for rate, _ in column) for column in zip(*pairs, strict=True))
+    spread = ", ".join(f"{b[0] / a[0]:.2f}" for a, b in pairs)
+    print(f"{name}: xllamacpp {direct:.1f} tokens/s, Model.stream {ours:.1f}, ratio {ours / direct:.3f} ({spread})")
+
+
+if __name__ == "__main__":
+    main()
