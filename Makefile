@@ -7,6 +7,7 @@ JUPYTER_ARGS ?=
 OPENED = --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/$(NOTEBOOK)
 AS_ROOT = $(if $(filter 0,$(shell id -u)),--allow-root)
 OVERLAY = PYTHONPATH=$(CURDIR)/.overlays/$(1) GQK_OVERLAY=$(1) .venv/bin/python -m pytest tests/test_overlays.py
+LOADERS = $(wildcard tests/test_load*.py)
 ON_COLAB = test_widgets test_picker test_chat_panel test_notebooks
 # An activated environment would come before the overlays: IPython 7 puts it first on the path.
 unexport VIRTUAL_ENV
@@ -22,8 +23,8 @@ test: python
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/python -m pytest
-	$(call OVERLAY,transformers-5.15.0) tests/test_load.py
-	$(call OVERLAY,transformers-5.23.0) tests/test_load.py
+	$(call OVERLAY,transformers-5.15.0) $(LOADERS)
+	$(call OVERLAY,transformers-5.23.0) $(LOADERS)
 	$(call OVERLAY,colab) $(ON_COLAB:%=tests/%.py)
 
 # Back to a fresh clone: removes what the two commands above installed.

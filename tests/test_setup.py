@@ -34,6 +34,34 @@ def test_setup_refuses_an_unknown_purpose(capsys):
     assert "setup.py lab|test" in capsys.readouterr().out
 
 
+def test_a_failed_step_names_its_command_and_what_to_do(monkeypatch, capsys):
+    def fail(purpose):
+        raise subprocess.CalledProcessError(1, ["pip", "install", "torch"])
+
+    monkeypatch.setitem(SETUP["main"].__globals__, "set_up", fail)
+    assert SETUP["main"](["lab"]) == 1
+    said = capsys.readouterr().out
+    assert "pip install torch" in said
+    assert "Run the same make command again" in said
+
+
+def test_without_a_browser_and_without_root_it_says_what_to_install(monkeypatch, capsys):
+    for name, answer in (("find_chromium", lambda: None), ("apt_install", lambda package, reason: False)):
+        monkeypatch.setitem(SETUP["install_chromium"].__globals__, name, answer)
+    SETUP["install_chromium"]()
+    assert "Install the package `chromium`" in capsys.readouterr().out
+
+
+def test_no_nvidia_smi_or_a_failing_one_means_no_gpu(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not SETUP["has_nvidia_gpu"]()
+    command = tmp_path / "nvidia-smi"
+    for answer, has_gpu in (("exit 9", False), ("echo No devices found", False), ("echo 'GPU 0: Tesla T4'", True)):
+        command.write_text(f"#!/bin/sh\n{answer}\n")
+        command.chmod(0o755)
+        assert SETUP["has_nvidia_gpu"]() is has_gpu
+
+
 def test_setup_does_nothing_the_second_time(tmp_path):
     for name in ("pyproject.toml", "constraints.txt", "scripts/setup.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
