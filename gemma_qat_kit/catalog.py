@@ -23,6 +23,7 @@ from gemma_qat_kit.published import (
     CheckpointFile,
     Sampling,
 )
+from gemma_qat_kit.units import readable_bytes
 
 __all__ = [
     "BUILT_IN_FORMAT",
@@ -87,12 +88,11 @@ def format_label(format: str) -> str:
     return f'<span class="gqk-dot" style="background:{colour}" aria-hidden="true"></span>{html.escape(format)}'
 
 
-def _gigabytes(row: Checkpoint) -> str:
-    """Three significant digits, as hubs count: 1 GB = 10**9 bytes; "≈" where the number is computed."""
+def _size(row: Checkpoint) -> str:
+    """Bytes of the weight files; "≈" where the number is computed."""
     if row.weights_bytes is None:
         return "-"
-    digits = f"{row.weights_bytes / 1e9:#.3g}".rstrip(".")
-    return f"{'≈' if row.bytes_source == COMPUTED else ''}{digits} GB"
+    return ("≈" if row.bytes_source == COMPUTED else "") + readable_bytes(row.weights_bytes)
 
 
 def _place(row: Checkpoint) -> str:
@@ -121,7 +121,7 @@ class Catalog(Sequence):
         for size, rows in groupby(self.rows, key=lambda row: row.size):
             lines.append(size)
             for row in rows:
-                start = f"  {row.format:<16}  {row.role:<7}  {_gigabytes(row):>9}  "
+                start = f"  {row.format:<16}  {row.role:<7}  {_size(row):>10}  "
                 lines += textwrap.wrap(_place(row), 100, initial_indent=start, subsequent_indent=" " * len(start))
         return "\n".join([*lines, *textwrap.wrap(self._legend(), 100)])
 
@@ -135,7 +135,7 @@ class Catalog(Sequence):
         )
         return (
             f"{len(self.rows)} rows, licence {', '.join(licences) or '-'}, checked {', '.join(dates) or '-'}. "
-            f"Download: the weight files, 1 GB = 10⁹ bytes.{computed}"
+            f"Download: the weight files, 1 GiB = 2³⁰ bytes.{computed}"
         )
 
     def _repr_html_(self) -> str:
@@ -163,7 +163,7 @@ def _html_cells(row: Checkpoint) -> str:
         place = f'<a href="{html.escape(row.source)}" title="{title}">{place}</a>'
     return (
         f'<td class="gqk-name{dim}">{format_label(row.format)}</td><td class="gqk-name{dim}">{row.role}</td>'
-        f'<td class="gqk-bytes{dim}">{_gigabytes(row)}</td><td class="gqk-text{dim}">{place}</td>'
+        f'<td class="gqk-bytes{dim}">{_size(row)}</td><td class="gqk-text{dim}">{place}</td>'
     )
 
 

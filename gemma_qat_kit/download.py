@@ -10,11 +10,12 @@ from pathlib import Path
 
 from gemma_qat_kit.catalog import Checkpoint
 from gemma_qat_kit.hub import failures
-from gemma_qat_kit.hub.cache import COMMIT, REPORT_SECONDS, Snapshot, cache_folder, free_bytes, readable_bytes, verify
+from gemma_qat_kit.hub.cache import COMMIT, REPORT_SECONDS, Snapshot, cache_folder, free_bytes, verify
 from gemma_qat_kit.hub.files import Wanted, cached_snapshot, noted_snapshot, wanted_files
 from gemma_qat_kit.hub.notes import recall, remember
 from gemma_qat_kit.hub.process import FetchFailedError, FetchProcess
 from gemma_qat_kit.progress import Progress, Report, progress_bar
+from gemma_qat_kit.units import readable_bytes
 
 STALL_SECONDS = 60  # without one new byte on the disk
 ANSWER_SECONDS = 30  # for the file list, the start of the child included; the child itself gives up after 8

@@ -11,7 +11,8 @@ from pathlib import Path
 from gemma_qat_kit import machine
 from gemma_qat_kit.catalog import BUILT_IN_FORMAT, PANEL_STYLE, Checkpoint, catalog, format_label
 from gemma_qat_kit.machine import Gpu
-from gemma_qat_kit.verdicts import FormatVerdict, gibibytes, judge_formats, missing_requirements
+from gemma_qat_kit.units import readable_bytes
+from gemma_qat_kit.verdicts import FormatVerdict, judge_formats, missing_requirements
 
 __all__ = ["PLACES", "Environment", "FormatVerdict", "Gpu", "environment"]
 
@@ -81,8 +82,8 @@ class Environment:
         cores = f"{self.cpu_count} CPU core{'' if self.cpu_count == 1 else 's'}"
         ram = "RAM unknown"
         if self.ram_total_bytes is not None:
-            ram = f"RAM {gibibytes(self.ram_available_bytes)} free of {gibibytes(self.ram_total_bytes)}"
-        disk = f"disk {gibibytes(self.disk_free_bytes)}{'' if self.disk_free_bytes is None else ' free'}"
+            ram = f"RAM {readable_bytes(self.ram_available_bytes)} free of {readable_bytes(self.ram_total_bytes)}"
+        disk = f"disk {readable_bytes(self.disk_free_bytes)}{'' if self.disk_free_bytes is None else ' free'}"
         return f"{PLACES[self.place]}, Python {self.python}, {cores}, {ram}, {disk}"
 
     def _gpu_lines(self) -> list[str]:
@@ -154,7 +155,8 @@ def _gpu_line(gpu: Gpu, torch_version: str | None) -> str:
     else:
         abilities.append("bf16" if gpu.has_bf16 else "no bf16 (float16 instead)")
         abilities.append("FlashAttention-2" if gpu.has_flash_attention_2 else "no FlashAttention-2")
-    return f"GPU {gpu.name}: {gibibytes(gpu.free_bytes)} free of {gibibytes(gpu.total_bytes)}, {', '.join(abilities)}"
+    free, total = readable_bytes(gpu.free_bytes), readable_bytes(gpu.total_bytes)
+    return f"GPU {gpu.name}: {free} free of {total}, {', '.join(abilities)}"
 
 
 def _install_notes(missing: list[str], here: Environment) -> list[str]:

@@ -14,9 +14,10 @@ from gemma_qat_kit.catalog import (
     find_checkpoint,
 )
 from gemma_qat_kit.errors import BadSettingError, MissingLibraryError, NotEnoughMemoryError, unknown_name
-from gemma_qat_kit.memory import GIB, plan_memory
+from gemma_qat_kit.memory import plan_memory
 from gemma_qat_kit.model import Model
 from gemma_qat_kit.progress import Report, progress_bar
+from gemma_qat_kit.units import readable_bytes
 
 _GEMMA = Sampling(temperature=1.0, top_p=0.95, top_k=64)  # every Gemma 4 model card
 _MADE_WHILE_LOADING = ("nf4", "int8")
@@ -56,7 +57,7 @@ def load(
         source: A size of the catalog ("E2B"), a .gguf file or checkpoint folder, a repo id ("owner/name"), or the
             address of an OpenAI-compatible server ("http://host:port/v1").
         format: A format of the catalog. None takes q4_0 of a size, and whatever lies at a path.
-        text_only: Leave the vision and audio towers unread; saves up to 1.2 GB.
+        text_only: Leave the vision and audio towers unread; saves up to 1.1 GiB.
         context_length: Tokens of prompt and answer together.
         drafter: Generate with the MTP drafter that belongs to the model (formats that run in transformers).
         device: "auto", "cpu" or "cuda".
@@ -233,16 +234,13 @@ def _check_memory(name: str, needed: int, engine: str, request: _Request) -> Non
     from gemma_qat_kit.environment import environment
 
     here = environment()
-    gpu = None if request.device == "cpu" else here.gpu
-    ram = here.ram_available_bytes
-    if ram is None:
-        return  # nothing is known, so nothing is refused
-    # llama.cpp spreads a model over both memories; transformers puts it on one device.
-    available = gpu.free_bytes + (ram if engine == "llama_cpp" else 0) if gpu else ram
-    if needed <= available:
+    # PyPI's llama.cpp has no GPU code, so a GGUF needs RAM wherever it runs.
+    gpu = None if request.device == "cpu" or engine == "llama_cpp" else here.gpu
+    available = gpu.free_bytes if gpu else here.ram_available_bytes
+    if available is None or needed <= available:  # what cannot be read refuses nothing
         return
     raise NotEnoughMemoryError(
-        f"{name} needs {needed / GIB:.1f} GiB of {'GPU ' if gpu else ''}memory; {available / GIB:.1f} GiB are free.",
+        f"{name} needs {readable_bytes(needed)} of {'GPU ' * bool(gpu)}memory; {readable_bytes(available)} are free.",
         "Weights, key/value cache and the engine's buffers must fit.",
         f"Close other models, or load what fits: {_what_fits(name.split()[0], available, request)}.",
     )

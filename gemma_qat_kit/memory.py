@@ -13,8 +13,8 @@ from gemma_qat_kit.catalog import BUILT_IN_SIZE, find_checkpoint
 from gemma_qat_kit.errors import BadSettingError
 from gemma_qat_kit.layouts import Tensor, bf16_tensors, gguf_tensors, head_shape, is_text, mobile_tensors
 from gemma_qat_kit.parameters import layer_geometry
+from gemma_qat_kit.units import GIB
 
-GIB = 2**30
 # Beside weights and cache, an estimate. transformers: 0.3 GiB for it and torch, about 0.5 GiB for a CUDA context, the
 # rest activations. llama.cpp: its compute buffers at a batch of 512.
 ENGINE_BYTES = {"transformers": 3 * 2**29, "llama_cpp": 2**29}
@@ -95,11 +95,11 @@ def plan_memory(
     """
     row = find_checkpoint(size, format)
     if row.size == BUILT_IN_SIZE:
-        _check_context(context_length, 8192)
+        check_context_length(context_length, 8192)
         weights, kv_bytes = {"text layers": row.weights_bytes}, _BUILT_IN_KV_BYTES * context_length
     else:
         config = hf_config(row.size, row.format if row.format == "mobile" else "bf16")
-        _check_context(context_length, config["text_config"]["max_position_embeddings"])
+        check_context_length(context_length, config["text_config"]["max_position_embeddings"])
         weights = _add_up(_in_memory(config, row.format), row.format, text_only)
         kv_bytes = kv_cache_bytes(config, context_length)
         if row.format == "mobile":
@@ -109,7 +109,12 @@ def plan_memory(
     return MemoryPlan(parts, row.weights_bytes, tables)
 
 
-def _check_context(context_length: int, longest: int) -> None:
+def check_context_length(context_length: int, longest: int) -> None:
+    """Refuse what is no number of tokens that a model takes.
+
+    Raises:
+        BadSettingError: Not an integer from 1 to `longest`.
+    """
     is_count = isinstance(context_length, Integral) and not isinstance(context_length, bool)
     if not is_count or not 1 <= context_length <= longest:
         raise BadSettingError(

@@ -132,6 +132,11 @@ class Model:
         """Measure what the model holds now, in bytes."""
         return MemoryUse(self.runner.memory())
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether `close` was called."""
+        return self.runner.is_closed
+
     def close(self) -> None:
         """Free the model's memory; calling it twice does no harm."""
         self.runner.close()

@@ -8,6 +8,7 @@ from typing import Protocol
 from gemma_qat_kit.catalog import BUILT_IN_SIZE, KNOWN_FORMATS, Checkpoint, catalog, find_checkpoint
 from gemma_qat_kit.machine import Gpu
 from gemma_qat_kit.memory import plan_memory
+from gemma_qat_kit.units import readable_bytes
 
 # What each engine needs beside the checkpoint's own list; the bounds are those of pyproject.toml.
 ENGINE_REQUIRES = {"transformers": ("torch>=2.6", "transformers>=5.15", "accelerate>=1.0"), "llama_cpp": ()}
@@ -100,12 +101,12 @@ def _how(format: str, devices: dict[str, str], here: Machine) -> str:
 def _why_too_big(row: Checkpoint, here: Machine) -> str:
     """Say what the smallest size lacks, and what to do."""
     if _memory_for(row, here):
-        size, free = gibibytes(row.weights_bytes), gibibytes(here.disk_free_bytes)
+        size, free = readable_bytes(row.weights_bytes), readable_bytes(here.disk_free_bytes)
         return f"{row.size} is a download of {size}, disk {free} free; free some or set HF_HOME to a bigger disk"
-    free = f"RAM {gibibytes(here.ram_available_bytes)}"
+    free = f"RAM {readable_bytes(here.ram_available_bytes)}"
     if here.gpu:
-        free += f" and GPU {gibibytes(here.gpu.free_bytes)}"
-    return f"{row.size} needs about {gibibytes(needed_bytes(row))}, {free} free; {_instead(row, here)}"
+        free += f" and GPU {readable_bytes(here.gpu.free_bytes)}"
+    return f"{row.size} needs about {readable_bytes(needed_bytes(row))}, {free} free; {_instead(row, here)}"
 
 
 def _instead(row: Checkpoint, here: Machine) -> str:
@@ -143,11 +144,3 @@ def _with_versions(needs: Iterable[str], libraries: Mapping[str, str | None]) ->
         version = libraries.get(need.partition(">=")[0])
         named.append(f"{need} (here: {version})" if version else need)
     return ", ".join(named)
-
-
-def gibibytes(count: int | None) -> str:
-    """Write bytes in GiB (2**30) with three significant digits, "unknown" for None."""
-    if count is None:
-        return "unknown"
-    value = count / 2**30
-    return f"{value:,.0f} GiB" if value >= 100 else f"{f'{value:#.3g}'.rstrip('.')} GiB"

@@ -49,7 +49,8 @@ def tiny(tmp_path_factory):
     def write(size, format):
         if format == "drafter":
             return write_tiny_drafter(root / f"{size}-drafter", size)
-        return write_tiny_checkpoint(root / f"{size}-{format}", size, format)
+        stored = "bf16" if format in ("nf4", "int8") else format
+        return write_tiny_checkpoint(root / f"{size}-{stored}", size, stored)
 
     return write
 

@@ -1,6 +1,7 @@
 """Checkpoints of a few hundred bytes, byte by byte: what the header readers and `inspect_checkpoint` are tested on."""
 
 import json
+import shutil
 import struct
 
 import numpy as np
@@ -49,3 +50,15 @@ def write_folder(path, config=GEMMA, name="model.safetensors", dtype=np.float32)
     if config is not None:
         (path / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
     return path
+
+
+def copy_of(folder, tmp_path):
+    """Return a copy of a checkpoint folder that a test may damage."""
+    return shutil.copytree(folder, tmp_path / "copy")
+
+
+def change_config(folder, change):
+    """Let a function change the content of a folder's config.json in place."""
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))

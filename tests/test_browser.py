@@ -10,8 +10,8 @@ import pytest
 from lab import CHROMIUM, ROOT, RUN_ALL, chromium_page, jupyter_lab
 from PIL import Image
 
-from gemma_qat_kit.hub.cache import readable_bytes
 from gemma_qat_kit.memory import plan_memory
+from gemma_qat_kit.units import readable_bytes
 
 pytestmark = [
     pytest.mark.browser,

@@ -97,9 +97,9 @@ def test_text_table_fits_100_columns_and_shows_every_row():
     assert max(len(line) for line in text.splitlines()) <= 100
     for row in STORED:
         assert row.repo_id in text
-    assert "  q4_0              chat       3.35 GB  google/gemma-4-E2B-it-qat-q4_0-gguf" in text
-    assert "≈11.5 GB" in text  # computed, not published
-    assert "mobile            chat             -  not published (mobile is for E2B and E4B only); take q4_0" in text
+    assert "  q4_0              chat       3.12 GiB  google/gemma-4-E2B-it-qat-q4_0-gguf" in text
+    assert "≈10.7 GiB" in text  # computed, not published
+    assert "mobile            chat              -  not published (mobile is for E2B and E4B only); take q4_0" in text
     assert repr(catalog()) == text
     assert str(catalog(size="smollm2-135m", role="drafter")).splitlines()[-1].startswith("0 rows")
 

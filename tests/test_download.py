@@ -188,12 +188,6 @@ def test_what_is_already_there_needs_no_room(hub, monkeypatch):
 # The rest
 
 
-def test_bytes_are_written_with_three_digits_and_a_unit():
-    sizes = (0, 1023, 1024, 300_000, 3_349_514_112, 62_000_000_000, 2**40)
-    expected = ["0 bytes", "1023 bytes", "1 KiB", "293 KiB", "3.12 GiB", "57.7 GiB", "1024 GiB"]
-    assert [cache.readable_bytes(size) for size in sizes] == expected
-
-
 def test_the_cache_folder_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.delenv("HF_HUB_CACHE")
     assert cache.cache_folder() == tmp_path / "hf" / "hub"

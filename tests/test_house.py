@@ -15,7 +15,7 @@ import yaml
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "gemma_qat_kit"
 FLOORS = (
-    "errors progress published catalog architectures layouts parameters machine generation",
+    "errors units progress published catalog architectures layouts parameters machine generation",
     "formats gguf_header gguf_writer",
     "memory quality verdicts environment",
     "hub download checkpoint engines model load",

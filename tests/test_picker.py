@@ -159,7 +159,7 @@ def test_the_button_loads_with_progress_and_locks_the_choice(loader):
     assert shown._size.disabled
     assert shown._load_button.disabled
     assert not shown._cancel_button.disabled
-    assert "512 MiB of 1 GiB" in shown._bar_label.value
+    assert "512 MiB of 1.00 GiB" in shown._bar_label.value
     loader.gate.set()
     wait_for(lambda: "is loaded" in shown._status.value)
     assert shown.model is loader.models[0]

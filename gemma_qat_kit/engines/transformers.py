@@ -112,6 +112,11 @@ class TransformersEngine:
             parts["other"] = max(0, torch.cuda.memory_allocated(self.device) - parts["weights"])
         return parts
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether the model was freed."""
+        return self.model is None
+
     def close(self) -> None:
         """Free the model's memory."""
         self.model = self.drafter = None

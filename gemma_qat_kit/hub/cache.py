@@ -40,15 +40,6 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def readable_bytes(num_bytes: int) -> str:
-    """Write a number of bytes with its binary unit and three significant digits."""
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if num_bytes >= size:
-            value = num_bytes / size
-            return f"{value:.3g} {unit}" if value < 100 else f"{value:.0f} {unit}"
-    return f"{num_bytes} bytes"
-
-
 @dataclass(frozen=True)
 class RepoFile:
     """One file of a repository; `digest` is its sha256 (64 digits), its git blob sha1 (40), or None if nobody said."""

