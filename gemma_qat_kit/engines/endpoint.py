@@ -4,22 +4,22 @@ Plain `http.client`, because a chunk of one token is read here some hundred time
 the next one: it costs 0.17 ms a token where a full client costs more than llama.cpp's budget leaves.
 """
 
+import codecs
 import contextlib
 import http.client
+import io
 import json
 import socket
-import ssl
-import urllib.parse
 from collections.abc import Iterator
 
-from gemma_qat_kit.errors import EndpointError, ModelClosedError
+from gemma_qat_kit.engines.server import MAX_BYTES, Server
+from gemma_qat_kit.errors import EndpointError, KitError, ModelClosedError
 from gemma_qat_kit.generation import Delta, Finish, Message, Settings
 
-CONNECT_SECONDS = 10
 STALL_SECONDS = 600  # a long prompt on a slow machine sends nothing for minutes
 
 
-class EndpointEngine:
+class EndpointEngine(Server):
     """A server reached by URL.
 
     Args:
@@ -34,33 +34,31 @@ class EndpointEngine:
     name = "endpoint"
 
     def __init__(self, url: str, api_key: str | None = None, model: str | None = None):
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise EndpointError(
-                f"{url!r} is not a server's address.", "It looks like http://host:port/v1.", "Check it."
-            )
-        self._parts = parts
-        self._path = parts.path.rstrip("/").removesuffix("/v1") + "/v1"
-        self._headers = {"Content-Type": "application/json"}
-        if api_key:
-            self._headers["Authorization"] = f"Bearer {api_key}"
+        super().__init__(url, api_key)
         self._is_closed = False
-        listed = [entry["id"] for entry in self._get("/models").get("data", []) if "id" in entry]
-        if model is None and not listed:
-            raise EndpointError(f"{self.address} lists no model.", "A server offers at least one.", "Load one there.")
-        self.model = model or listed[0]
-        self.context_length: int | None = None
+        entry = {"id": model} if model else self._first_model()
+        about = entry.get("meta")
+        length = about.get("n_ctx") if isinstance(about, dict) else entry.get("max_model_len")  # llama.cpp, vLLM
+        self.model, self.context_length = str(entry["id"]), length if isinstance(length, int) else None
 
-    @property
-    def address(self) -> str:
-        """The server's address without path, user or key."""
-        port = f":{self._parts.port}" if self._parts.port else ""
-        return f"{self._parts.scheme}://{self._parts.hostname}{port}"
+    def _first_model(self) -> dict:
+        """Return the server's entry of the first model it lists."""
+        try:
+            listed = [entry for entry in self._get("/models")["data"] or () if entry.keys() >= {"id"}]
+        except (KeyError, TypeError, AttributeError) as err:
+            raise self._not_a_server() from err
+        if not listed:
+            raise EndpointError(f"{self.address} lists no model.", "A server offers at least one.", "Load one there.")
+        return listed[0]
 
     def stream(self, conversation: str | list[Message], settings: Settings) -> "_ServerStream":
-        """Send a conversation (or, as a string, a raw prompt) and return the stream of the answer."""
+        """Return the stream of the answer to a conversation (or, given a string, of what follows a raw text).
+
+        The request goes out when the stream is first read, so that it can be cancelled while the server still reads
+        the prompt or answers somebody else.
+        """
         if self._is_closed:
-            raise ModelClosedError("This model is closed.", "A closed model answers no more.", "Load it again.")
+            raise _closed()
         body = {
             "model": self.model,
             "stream": True,
@@ -68,68 +66,18 @@ class EndpointEngine:
             "max_tokens": settings.max_new_tokens,
             "temperature": settings.temperature,
             "top_p": settings.top_p,
+            "top_k": settings.top_k if settings.temperature else 1,  # spares sorting the whole vocabulary
         }
-        if settings.top_k:
-            body["top_k"] = settings.top_k
         if settings.seed is not None:
             body["seed"] = settings.seed
         if isinstance(conversation, str):
-            return self._open("/completions", body | {"prompt": conversation})
+            return _ServerStream(self, "/completions", body | {"prompt": conversation})
         thinking = {"chat_template_kwargs": {"enable_thinking": settings.thinking}}
-        return self._open("/chat/completions", body | thinking | {"messages": conversation})
+        return _ServerStream(self, "/chat/completions", body | thinking | {"messages": conversation})
 
-    def _open(self, path: str, body: dict) -> "_ServerStream":
-        connection = self._connect()
-        response = self._request(connection, "POST", path, json.dumps(body))
-        return _ServerStream(self, connection, response)
-
-    def _get(self, path: str) -> dict:
-        connection = self._connect()
-        try:
-            return json.loads(self._request(connection, "GET", path).read())
-        except ValueError as err:
-            raise self._not_a_server() from err
-        finally:
-            connection.close()
-
-    def _connect(self) -> http.client.HTTPConnection:
-        kind = http.client.HTTPSConnection if self._parts.scheme == "https" else http.client.HTTPConnection
-        return kind(self._parts.hostname, self._parts.port, timeout=CONNECT_SECONDS)
-
-    def _request(self, connection, method: str, path: str, body: str | None = None) -> http.client.HTTPResponse:
-        try:
-            connection.connect()
-            connection.sock.settimeout(STALL_SECONDS)
-            connection.request(method, self._path + path, body, self._headers)
-            response = connection.getresponse()
-        except ssl.SSLError as err:
-            raise EndpointError(
-                f"{self.address} answers without a valid certificate.", "https needs one.", "Check the address."
-            ) from err
-        except (OSError, http.client.HTTPException) as err:
-            raise EndpointError(
-                f"{self.address} does not answer ({type(err).__name__}).",
-                "A running OpenAI-compatible server is needed.",
-                "Start the server, or check the address and port.",
-            ) from err
-        if response.status in (401, 403):
-            raise EndpointError(f"{self.address} refused the key.", "It wants its own API key.", 'Pass token="…".')
-        if response.status == 404:
-            raise self._not_a_server()
-        if response.status != 200:
-            raise EndpointError(
-                f"{self.address} answered {response.status}: {_error_text(response.read())}.",
-                "A request within the server's limits gets 200.",
-                "Shorten the conversation or max_new_tokens, or look at the server's log.",
-            )
-        return response
-
-    def _not_a_server(self) -> EndpointError:
-        return EndpointError(
-            f"{self.address}{self._path} is not an OpenAI-compatible server.",
-            "It answers /v1/models and /v1/chat/completions.",
-            "Check the address.",
-        )
+    def _explained(self, error: KitError) -> KitError:
+        """Return what is really wrong when an answer fails with `error`."""
+        return _closed() if self._is_closed else error
 
     def memory(self) -> dict[str, int]:
         """Return no parts: the server's memory is not this machine's."""
@@ -140,73 +88,114 @@ class EndpointEngine:
         self._is_closed = True
 
 
-def _error_text(raw: bytes) -> str:
-    """Return the message of a server's error body, shortened: it is somebody else's text."""
-    try:
-        text = json.loads(raw)["error"]["message"]
-    except (ValueError, KeyError, TypeError):
-        text = raw.decode("utf-8", "replace")
-    return str(text)[:300]
+def _closed() -> ModelClosedError:
+    return ModelClosedError("This model is closed.", "A closed model answers no more.", "Load it again.")
 
 
 class _ServerStream:
-    """The answer of one request, read from server-sent events."""
+    """The answer to one request, read from server-sent events."""
 
-    def __init__(self, engine: EndpointEngine, connection, response):
-        self._engine, self._connection, self._response = engine, connection, response
+    def __init__(self, engine: EndpointEngine, path: str, body: dict):
+        self._engine, self._path, self._body = engine, path, body
+        self._socket: socket.socket | None = None
         self._is_cancelled = False
+        self._reason, self._counts = None, (None, None)
 
     def __iter__(self) -> Iterator[Delta | Finish]:
-        reason, usage, has_ended = "length", {}, False
         try:
-            for event in self._events():
-                usage = event.get("usage") or usage
-                for choice in event.get("choices", []):
-                    delta = choice.get("delta", choice)
-                    if thought := delta.get("reasoning_content") or delta.get("reasoning"):
-                        yield Delta.thought(thought)
-                    if text := delta.get("content") or delta.get("text"):
-                        yield Delta(text)
-                    if choice.get("finish_reason"):
-                        reason, has_ended = choice["finish_reason"], True
-        except (OSError, ValueError, AttributeError, http.client.HTTPException) as err:
             if not self._is_cancelled:
-                raise self._lost() from err
+                yield from self._deltas()
+            if self._reason is None and not self._is_cancelled:
+                raise self._lost("was closed")
+        except KitError as err:
+            if not self._is_cancelled:
+                raise self._engine._explained(err) from err.__cause__
+        yield Finish(self._reason or "cancelled", *self._counts)
+
+    def _deltas(self) -> Iterator[Delta]:
+        """Send the request and yield the pieces of the answer."""
+        connection = self._engine._connect()
+        self._socket = connection.sock
+        self._socket.settimeout(STALL_SECONDS)
+        response = None
+        try:
+            if self._is_cancelled:  # while it connected
+                return
+            response = self._engine._request(connection, "POST", self._path, json.dumps(self._body))
+            for event in self._events(response):
+                yield from self._read(event)
+        except KitError:
+            raise
+        except (OSError, http.client.HTTPException) as err:
+            raise self._lost(f"was lost ({type(err).__name__})") from err
+        except (ValueError, AttributeError, TypeError, RecursionError) as err:
+            raise self._nonsense() from err
         finally:
-            self._connection.close()
-        if not has_ended and not self._is_cancelled:
-            raise self._lost()
-        yield Finish(reason, usage.get("prompt_tokens"), usage.get("completion_tokens"))
+            connection.close()
+            if response is not None:
+                response.close()
 
-    def _events(self) -> Iterator[dict]:
-        """Yield the JSON of each `data:` line."""
-        rest = b""
-        while not self._is_cancelled and (data := self._response.read1(65536)):
-            *lines, rest = (rest + data).split(b"\n")
+    def _events(self, response: http.client.HTTPResponse) -> Iterator[dict]:
+        """Yield the JSON of each event. Source: HTML Living Standard, "Server-sent events"."""
+        text = codecs.getincrementaldecoder("utf-8-sig")("replace")
+        decode = io.IncrementalNewlineDecoder(text, translate=True).decode
+        rest = data = ""
+        chunk = b"begin"
+        while chunk and not self._is_cancelled:
+            chunk = response.read1(65536)
+            *lines, rest = (rest + decode(chunk, final=not chunk)).split("\n")
             for line in lines:
-                if line.startswith(b"data: {"):
-                    event = json.loads(line[6:])
-                    if "error" in event:
-                        raise self._failed(_error_text(line[6:]))
-                    yield event
+                if line.startswith("data:"):
+                    data += line[5:]
+                elif data and not line:  # an empty line ends an event
+                    if data.strip() == "[DONE]":
+                        self._reason = self._reason or "stop"
+                        return
+                    yield json.loads(data)
+                    data = ""
+            if len(rest) + len(data) > MAX_BYTES:
+                raise ValueError("an event without end")
 
-    def _failed(self, text: str) -> EndpointError:
+    def _read(self, event: dict) -> Iterator[Delta]:
+        """Yield the text in an event and note why the answer ended and what it cost."""
+        if error := event.get("error"):
+            raise self._failed(error)
+        if usage := event.get("usage"):
+            counts = (usage.get(name) for name in ("prompt_tokens", "completion_tokens"))
+            self._counts = [count if isinstance(count, int) else None for count in counts]
+        for choice in event.get("choices") or ():
+            delta = choice.get("delta") or choice
+            if thought := delta.get("reasoning_content") or delta.get("reasoning"):
+                yield Delta.thought(thought)
+            if text := delta.get("content") or delta.get("text"):
+                yield Delta(text)
+            self._reason = choice.get("finish_reason") or self._reason
+
+    def _failed(self, error: object) -> EndpointError:
+        text = error.get("message") if isinstance(error, dict) else error
         return EndpointError(
-            f"{self._engine.address} stopped with an error: {text}.",
+            f"{self._engine.address} stopped with an error: {self._engine._shown(text)}.",
             "An answer ends with a finish reason.",
             "Shorten the conversation, or load the model again with a larger context_length.",
         )
 
-    def _lost(self) -> EndpointError:
+    def _lost(self, how: str) -> EndpointError:
         return EndpointError(
-            f"The connection to {self._engine.address} was lost before the answer ended.",
+            f"The connection to {self._engine.address} {how} before the answer ended.",
             "What came so far is kept.",
             "Ask again; load the model again if its server has stopped.",
+        )
+
+    def _nonsense(self) -> EndpointError:
+        return EndpointError(
+            f"{self._engine.address} sent something else than an answer.",
+            "Answers come as an OpenAI-compatible server streams them.",
+            "Ask again; look at the server's log if it happens twice.",
         )
 
     def cancel(self) -> None:
         """Close the connection: the server stops generating, a blocked read returns."""
         self._is_cancelled = True
-        if self._connection.sock is not None:
+        if self._socket is not None:
             with contextlib.suppress(OSError):  # already closed by the other side
-                self._connection.sock.shutdown(socket.SHUT_RDWR)
+                self._socket.shutdown(socket.SHUT_RDWR)
