@@ -8,6 +8,7 @@ import math
 import mmap
 import struct
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +51,30 @@ def read_gguf_header(path: Path) -> GgufHeader:
     Raises:
         BrokenCheckpointError: Not a GGUF, of another version, damaged, or shorter than its header says.
     """
-    size = path.stat().st_size
+    with _opened(path) as cursor:
+        header, size = _read(cursor), len(cursor.data)
+    missing = max((t.start + t.nbytes for t in header.tensors), default=0) - size
+    if missing > 0:
+        raise broken_file(path, f"its last {missing:,} bytes are missing")
+    return header
+
+
+def longest_context(path: Path) -> int | None:
+    """Return the tokens that a GGUF's model was trained to take; reads no further than that, and None if not told.
+
+    Raises:
+        BrokenCheckpointError: As `read_gguf_header`, where the damage lies before it.
+    """
+    with _opened(path) as cursor:
+        _, num_keys = cursor.number("<Q"), cursor.number("<Q")
+        lengths = (value for key, value in _read_keys(cursor, num_keys) if key.endswith(".context_length"))
+        length = next(lengths, None)
+    return length if isinstance(length, int) else None
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator["_Cursor"]:
+    """Open a GGUF for reading behind its version, and turn what a damaged header raises into one error."""
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise broken_file(path, "it is not a GGUF file")
@@ -58,15 +82,11 @@ def read_gguf_header(path: Path) -> GgufHeader:
             cursor = _Cursor(data, 4)
             try:
                 version = cursor.number("<I")
-                header = _read(cursor) if version in (2, 3) else None
+                if version not in (2, 3):
+                    raise _other_version(path, version)
+                yield cursor
             except (struct.error, UnicodeDecodeError, LookupError, OverflowError) as err:
                 raise broken_file(path, f"its header is damaged or cut short near byte {cursor.at:,}") from err
-    if header is None:
-        raise _other_version(path, version)
-    missing = max((t.start + t.nbytes for t in header.tensors), default=0) - size
-    if missing > 0:
-        raise broken_file(path, f"its last {missing:,} bytes are missing")
-    return header
 
 
 def broken_file(path: Path, what: str) -> BrokenCheckpointError:
@@ -131,12 +151,7 @@ class _Cursor:
 def _read(cursor: _Cursor) -> GgufHeader:
     """Return the header that follows the version; a LookupError is a damaged one."""
     num_tensors, num_keys = cursor.number("<Q"), cursor.number("<Q")
-    metadata = {}
-    for _ in range(num_keys):
-        key = cursor.string()
-        if key in metadata:  # also what a file does that is zeros from some byte on
-            raise KeyError(key)
-        metadata[key] = cursor.value(cursor.number("<I"))
+    metadata = dict(_read_keys(cursor, num_keys))
     described = {}
     for _ in range(num_tensors):
         name, num_axes = cursor.string(), cursor.number("<I")
@@ -148,6 +163,16 @@ def _read(cursor: _Cursor) -> GgufHeader:
     if not isinstance(alignment, int) or alignment < 1 or cursor.at > len(cursor.data):
         raise IndexError(alignment)
     return GgufHeader(metadata, tuple(_placed(described, -(-cursor.at // alignment) * alignment)))
+
+
+def _read_keys(cursor: _Cursor, num_keys: int) -> Iterator[tuple[str, object]]:
+    seen = set()
+    for _ in range(num_keys):
+        key = cursor.string()
+        if key in seen:  # also what a file has that is zeros from some byte on
+            raise KeyError(key)
+        seen.add(key)
+        yield key, cursor.value(cursor.number("<I"))
 
 
 def _placed(described: dict[str, tuple], first: int) -> Iterator[GgufTensor]:

@@ -11,7 +11,7 @@ from small_files import ARRAY, STRING, U32, gguf_bytes, key, tensor, text
 
 from gemma_qat_kit.architectures import GEMMA_SIZES
 from gemma_qat_kit.errors import BrokenCheckpointError
-from gemma_qat_kit.gguf_header import GgufHeader, read_gguf_header
+from gemma_qat_kit.gguf_header import GgufHeader, longest_context, read_gguf_header
 
 QUICK = settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
@@ -57,6 +57,23 @@ def test_the_architecture_is_named(tiny, built_in, write):
     assert read_gguf_header(tiny("E2B", "q4_0")).architecture == "gemma4"
     assert read_gguf_header(built_in).architecture == "llama"
     assert read_gguf_header(write(gguf_bytes())).architecture == "unknown"
+
+
+def test_the_longest_context_is_found_without_reading_on(tiny, built_in, write):
+    assert longest_context(built_in) == 8192
+    assert longest_context(tiny("E2B", "q4_0")) == 4096  # testing.py's
+    content = tiny("E2B", "q4_0").read_bytes()
+    assert longest_context(write(content[: content.index(b"tokenizer.ggml")])) == 4096
+
+
+@pytest.mark.parametrize("keys", [[], [key("a.context_length", STRING, text("long"))]])
+def test_a_context_that_is_not_told_is_none(write, keys):
+    assert longest_context(write(gguf_bytes(keys))) is None
+
+
+def test_a_damaged_header_has_no_longest_context(write):
+    with pytest.raises(BrokenCheckpointError, match="damaged or cut short"):
+        longest_context(write(b"GGUF\x03\x00\x00\x00" + b"\xff" * 40))
 
 
 def test_version_2_is_read_like_version_3(write):

@@ -5,18 +5,33 @@ notebook's kernel. It also makes Cancel during a load, freeing and measuring mem
 signal handlers away from Python's Ctrl-C.
 """
 
+import contextlib
 import json
+import os
 import secrets
 import subprocess
 import sys
 import tempfile
+import weakref
 from pathlib import Path
 
 from gemma_qat_kit.engines.endpoint import EndpointEngine
-from gemma_qat_kit.errors import BrokenCheckpointError, EndpointError, MissingLibraryError, NotEnoughMemoryError
+from gemma_qat_kit.errors import (
+    BrokenCheckpointError,
+    EndpointError,
+    KitError,
+    MissingLibraryError,
+    NotEnoughMemoryError,
+)
+from gemma_qat_kit.gguf_header import longest_context
+from gemma_qat_kit.machine import read_cpu_count
+from gemma_qat_kit.memory import check_context_length
 from gemma_qat_kit.progress import Progress, Report
 
 PROMPT_CACHE_MIB = 256  # llama.cpp's default of 8 GiB would not fit a free runtime
+_SERVER = Path(__file__).with_name("llama_cpp_server.py")
+_LONGEST_CONTEXT = 2**20  # where the file does not tell
+_NO_MEMORY = ("bad_alloc", "out of memory", "failed to allocate", "unable to allocate")
 
 
 class LlamaCppEngine(EndpointEngine):
@@ -24,12 +39,13 @@ class LlamaCppEngine(EndpointEngine):
 
     Args:
         path: The .gguf file.
-        context_length: Tokens of prompt and answer together.
+        context_length: Tokens of prompt and answer together; llama.cpp rounds them up to a multiple of 256.
         num_gpu_layers: Layers on the GPU; -1 is all where there is one, 0 keeps the model on the CPU.
         report: Told how much of the file is in memory, several times a second.
 
     Raises:
         MissingLibraryError: xllamacpp is not installed.
+        BadSettingError: The model does not take so long a context.
         BrokenCheckpointError: llama.cpp cannot load the file.
         NotEnoughMemoryError: The system stopped the loader for lack of memory.
     """
@@ -38,29 +54,35 @@ class LlamaCppEngine(EndpointEngine):
 
     def __init__(self, path: Path, *, context_length: int, num_gpu_layers: int = -1, report: Report | None = None):
         _require_xllamacpp()
+        check_context_length(context_length, longest_context(path) or _LONGEST_CONTEXT)
+        self._is_closed = False
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
         key = secrets.token_urlsafe(24)
         self._child = subprocess.Popen(
-            [sys.executable, "-m", "gemma_qat_kit.engines.llama_cpp_server"],
+            [sys.executable, "-P", _SERVER],  # -P: no file beside it or in the working folder is taken for a module
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
+            bufsize=0,
+            env=os.environ | {"GGML_NO_BACKTRACE": "1"},  # an abort would start a debugger, for seconds
             start_new_session=True,  # Ctrl-C in a terminal reaches Python, not the model
         )
+        self._end = weakref.finalize(self, _end, self._child, self._log)
+        self._end.atexit = False  # the child notices by itself
         try:
-            address = self._start(path, key, context_length, num_gpu_layers, report)
-            super().__init__(address, api_key=key)
+            super().__init__(self._start(path, key, context_length, num_gpu_layers, report), api_key=key)
         except BaseException:
             self.close()
             raise
-        self.context_length = context_length
+        self.context_length = self.context_length or context_length
 
     def _start(self, path: Path, key: str, context_length: int, num_gpu_layers: int, report: Report | None) -> str:
         """Tell the child what to load and wait until it answers with its address."""
-        order = {"path": str(path), "key": key, "context_length": context_length, "num_gpu_layers": num_gpu_layers,
+        order = {"path": str(path), "key": key, "context_length": int(context_length),
+                 "num_gpu_layers": num_gpu_layers, "num_threads": _num_threads(),
                  "prompt_cache_mib": PROMPT_CACHE_MIB}  # fmt: skip
-        self._child.stdin.write(json.dumps(order).encode() + b"\n")
-        self._child.stdin.flush()
+        with contextlib.suppress(OSError):  # it has ended already; its log says why
+            self._child.stdin.write(json.dumps(order).encode() + b"\n")
         total = path.stat().st_size
         while not _is_readable(self._child.stdout, seconds=0.2):
             if report:
@@ -73,31 +95,36 @@ class LlamaCppEngine(EndpointEngine):
             report(Progress("loading", total, total))
         return answer["address"]
 
-    def _load_error(self, path: Path, error: str) -> Exception:
-        code = self._child.wait(timeout=10) if not error else None
-        if code in (-9, 137):
+    def _load_error(self, path: Path, error: str) -> KitError:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._child.wait(timeout=10)
+        code = self._child.poll()
+        detail = self._first_error() or error or f"its process ended with code {code}"
+        if code in (-9, 137) or any(sign in detail for sign in _NO_MEMORY):
             return NotEnoughMemoryError(
-                f"The system stopped llama.cpp while it loaded {path.name}.",
+                f"The memory was too small while llama.cpp loaded {path}.",
                 "The model and its context must fit in free memory.",
                 "Close other models, or take a smaller size or context_length.",
             )
-        detail = error or self._last_log_line() or f"llama.cpp ended with code {code}"
         return BrokenCheckpointError(
-            f"llama.cpp cannot load {path}: {detail}.",
+            f"llama.cpp cannot load {path}: {detail.strip().rstrip('.')}.",
             "A complete GGUF of an architecture that llama.cpp knows is needed.",
             "Download it again, or update xllamacpp.",
         )
 
-    def _last_log_line(self) -> str:
+    def _first_error(self) -> str:
+        """Return the first error in the log, which the later ones follow from."""
         self._log.seek(0)
         lines = self._log.read().decode("utf-8", "replace").splitlines()
         telling = [line for line in lines if "GGML_ASSERT" in line or "error" in line.lower()]
-        return telling[-1][-300:] if telling else ""
+        return telling[0].rpartition("error loading model: ")[2][-300:] if telling else ""
 
     def memory(self) -> dict[str, int]:
         """Return the bytes that the child holds: its own, and the file's pages that the system could take back."""
         import psutil
 
+        if self._child.poll() is not None:
+            return {}
         try:
             info = psutil.Process(self._child.pid).memory_info()
         except psutil.Error:
@@ -105,27 +132,37 @@ class LlamaCppEngine(EndpointEngine):
         mapped = getattr(info, "shared", 0)
         return {"private": info.rss - mapped, "mapped": mapped}
 
-    def stream(self, conversation, settings):
-        """See `EndpointEngine.stream`; also tells a server that has died from one that is busy."""
-        try:
-            return super().stream(conversation, settings)
-        except EndpointError as err:
-            if self._child.poll() is None or self._is_closed:
-                raise
-            raise EndpointError(
-                f"llama.cpp has stopped (code {self._child.returncode}).",
-                "A loaded model stays up until close().",
-                "Load it again; with less context_length if memory ran out.",
-            ) from err
+    def _explained(self, error: KitError) -> KitError:
+        """See `EndpointEngine`; also tells a server that has died from one that refuses."""
+        if not self._is_closed and error.__cause__ is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):  # a dying process closes its connections first
+                self._child.wait(timeout=1)
+        if self._is_closed or self._child.poll() is None:
+            return super()._explained(error)
+        return EndpointError(
+            f"llama.cpp has stopped (code {self._child.returncode}).",
+            "A loaded model stays up until close().",
+            "Load it again; with less context_length if memory ran out.",
+        )
 
     def close(self) -> None:
-        """End the child and free all of its memory."""
+        """End the child and free all of its memory, as also happens to a model that is no longer referred to."""
         self._is_closed = True
-        if self._child.poll() is None:
-            self._child.kill()
-        self._child.wait()
-        for pipe in (self._child.stdin, self._child.stdout, self._log):
-            pipe.close()
+        self._end()
+
+
+def _end(child: subprocess.Popen, log) -> None:
+    if child.poll() is None:
+        child.kill()
+    child.wait()
+    for pipe in (child.stdin, child.stdout, log):
+        pipe.close()
+
+
+def _num_threads() -> int | None:
+    """Return how many threads to compute with where a container has fewer cores than llama.cpp will count."""
+    usable = read_cpu_count()
+    return usable if usable < (os.cpu_count() or 1) else None
 
 
 def _is_readable(pipe, seconds: float) -> bool:
