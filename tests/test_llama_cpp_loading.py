@@ -155,6 +155,7 @@ def test_a_file_of_the_working_folder_is_not_taken_for_a_module(tiny, tmp_path, 
     for name in ("xllamacpp", "json", "contextlib"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('taken for a module')")
     path = tiny("12B", "q4_0")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # "." would be the working folder on purpose
     monkeypatch.chdir(tmp_path)
     load(path)
 
