@@ -12,11 +12,11 @@ import psutil
 import pytest
 
 import gemma_qat_kit as gqk
+from gemma_qat_kit import testing
 from gemma_qat_kit.engines.endpoint import EndpointEngine
 from gemma_qat_kit.engines.llama_cpp import LlamaCppEngine
 from gemma_qat_kit.errors import BadSettingError, EndpointError, ModelClosedError
 from gemma_qat_kit.generation import STOP_IDS, Settings, Stream
-from gemma_qat_kit.testing import tiny_tokenizer
 
 GREEDY = Settings(False, 24, 0, 1, 0, None)
 LONG = Settings(False, 400, 0, 1, 0, None)
@@ -34,6 +34,17 @@ def engine(built_in):
 @pytest.fixture
 def tiny_engine(tiny):
     engine = LlamaCppEngine(tiny("12B", "q4_0"), context_length=256)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def thinking_engine(tmp_path_factory):
+    """A tiny model whose template has the mark by which llama.cpp knows Gemma 4's format: its tool calls."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(testing, "CHAT_TEMPLATE", testing.CHAT_TEMPLATE + "{#- '<|tool_call>call:' -#}")
+        path = testing.write_tiny_checkpoint(tmp_path_factory.mktemp("thinking"), "12B", "q4_0")
+    engine = LlamaCppEngine(path, context_length=256)
     yield engine
     engine.close()
 
@@ -231,6 +242,21 @@ def test_ctrl_c_stays_pythons(engine):
     assert group(engine._child.pid) != group(0)  # a terminal's Ctrl-C goes to a whole group
 
 
+@pytest.mark.parametrize("thinking", [True, False])
+@pytest.mark.parametrize(
+    ("forced", "thoughts"),
+    [('<[100]> "thought\\nthe sky" <[101]> "is blue"', "the sky"), ('"is blue"', ""),
+     ('<[100]> "thought\\n" <[101]> "is blue"', "")],
+    ids=["thoughts", "none", "an empty block"],
+)  # fmt: skip
+def test_thoughts_come_apart_from_the_answer(thinking_engine, thinking, forced, thoughts):
+    source = thinking_engine.stream(QUESTION, Settings(thinking, 40, 0, 1, 0, None))
+    source._body["grammar"] = f"root ::= {forced}"  # what a trained model writes of its own accord
+    stream = Stream(source)
+    assert "".join(piece for piece in stream if piece.is_thought) == stream.reply.thoughts == thoughts
+    assert stream.reply.text == "is blue"
+
+
 TEXTS = ["the sky is blue", " the  sky\n\n\n", "<bos><|turn>user\nthe<turn|>\n<|channel>thought\nx<channel|>b<eos>",
          "é ü 日本 🙂 \t\r\0", "<0x41><unused9>", "x" * 300]  # fmt: skip
 
@@ -238,7 +264,7 @@ TEXTS = ["the sky is blue", " the  sky\n\n\n", "<bos><|turn>user\nthe<turn|>\n<|
 @pytest.mark.parametrize("text", TEXTS)
 def test_words_get_the_ids_of_the_hugging_face_tokenizer(tiny_engine, text):
     ids = post(tiny_engine, "/tokenize", {"content": text, "add_special": False, "parse_special": True})["tokens"]
-    assert ids == tiny_tokenizer().encode(text, add_special_tokens=False).ids
+    assert ids == testing.tiny_tokenizer().encode(text, add_special_tokens=False).ids
 
 
 @pytest.mark.parametrize("stop_id", STOP_IDS)

@@ -69,10 +69,12 @@ class Server:
         connection = self._connect()
         try:
             return json.loads(self._request(connection, "GET", path).read(MAX_BYTES))
+        except KitError:
+            raise
         except (OSError, http.client.HTTPException) as err:
-            raise err if isinstance(err, KitError) else self._no_answer(err) from err
+            raise self._no_answer(err) from err
         except (ValueError, RecursionError) as err:
-            raise err if isinstance(err, KitError) else self._not_a_server() from err
+            raise self._not_a_server() from err
         finally:
             connection.close()
 
