@@ -173,6 +173,19 @@ def test_a_container_with_fewer_cores_gets_fewer_threads(tiny, fake_llama, tmp_p
     assert seen.read_text() == "1"
 
 
+@pytest.mark.parametrize(("cores", "spins"), [(1, "1000"), (4, "1000"), (5, None)])
+def test_on_a_few_cores_threads_do_not_wait_in_a_loop(built_in, monkeypatch, cores, spins):
+    monkeypatch.setattr("gemma_qat_kit.engines.llama_cpp.read_cpu_count", lambda: cores)
+    environments = []
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, env, **options: environments.append(env) or 1 / 0)
+    for setting in ({}, {"GOMP_SPINCOUNT": "7"}):
+        monkeypatch.setattr(os, "environ", setting)
+        with pytest.raises(ZeroDivisionError):
+            load(built_in)
+    assert environments[0].get("GOMP_SPINCOUNT") == spins
+    assert environments[1]["GOMP_SPINCOUNT"] == "7"  # the user's own choice
+
+
 PARENT = """
 import sys, time
 from pathlib import Path
