@@ -10,6 +10,7 @@ import http.client
 import io
 import json
 import socket
+import time
 from collections.abc import Iterator
 
 from gemma_qat_kit.engines.server import MAX_BYTES, Server
@@ -32,6 +33,7 @@ class EndpointEngine(Server):
     """
 
     name = "endpoint"
+    gather_seconds = 0.0  # text is shown as it comes
 
     def __init__(self, url: str, api_key: str | None = None, model: str | None = None):
         super().__init__(url, api_key)
@@ -83,6 +85,11 @@ class EndpointEngine(Server):
         """Return no parts: the server's memory is not this machine's."""
         return {}
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._is_closed
+
     def close(self) -> None:
         """Stop using the server; it goes on running."""
         self._is_closed = True
@@ -90,6 +97,29 @@ class EndpointEngine(Server):
 
 def _closed() -> ModelClosedError:
     return ModelClosedError("This model is closed.", "A closed model answers no more.", "Load it again.")
+
+
+class _Gatherer:
+    """Lets the system gather some text before it wakes the reader, once it is known how fast text comes.
+
+    Where every core computes the next token, each wake-up of the reader costs the model time.
+    """
+
+    AFTER_CHUNKS = 16
+
+    def __init__(self, connection: socket.socket, seconds: float):
+        self._socket, self._seconds = connection, seconds
+        self._chunks = self._bytes = 0
+        self._since = time.perf_counter()
+
+    def took(self, num_bytes: int) -> None:
+        """Count a chunk, and now and then set how many bytes to wait for; the end of the answer always wakes."""
+        self._chunks, self._bytes = self._chunks + 1, self._bytes + num_bytes
+        if self._seconds and self._chunks == self.AFTER_CHUNKS:
+            now = time.perf_counter()
+            wanted = int(self._bytes / (now - self._since) * self._seconds)
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, max(1, min(wanted, 4096)))
+            self._chunks, self._bytes, self._since = 0, 0, now
 
 
 class _ServerStream:
@@ -141,8 +171,10 @@ class _ServerStream:
         decode = io.IncrementalNewlineDecoder(text, translate=True).decode
         rest = data = ""
         chunk = b"begin"
+        gather = _Gatherer(self._socket, self._engine.gather_seconds)
         while chunk and not self._is_cancelled:
             chunk = response.read1(65536)
+            gather.took(len(chunk))
             *lines, rest = (rest + decode(chunk, final=not chunk)).split("\n")
             for line in lines:
                 if line.startswith("data:"):

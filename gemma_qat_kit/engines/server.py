@@ -29,7 +29,8 @@ class Server:
         path = urllib.parse.quote(self._parts.path, safe="/%~").rstrip("/")
         self._path = path.removesuffix("/v1") + "/v1"
         self._key = _checked_key(key)
-        self._headers = {"Content-Type": "application/json"}
+        # Each request has its own connection, and its end ends the answer.
+        self._headers = {"Content-Type": "application/json", "Connection": "close"}
         if self._key:
             self._headers["Authorization"] = f"Bearer {self._key}"
 
