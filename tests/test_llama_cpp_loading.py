@@ -173,7 +173,7 @@ def test_a_container_with_fewer_cores_gets_fewer_threads(tiny, fake_llama, tmp_p
     assert seen.read_text() == "1"
 
 
-@pytest.mark.parametrize(("cores", "spins"), [(1, "1000"), (4, "1000"), (5, None)])
+@pytest.mark.parametrize(("cores", "spins"), [(1, "10000"), (4, "10000"), (5, None)])
 def test_on_a_few_cores_threads_do_not_wait_in_a_loop(built_in, monkeypatch, cores, spins):
     monkeypatch.setattr("gemma_qat_kit.engines.llama_cpp.read_cpu_count", lambda: cores)
     environments = []

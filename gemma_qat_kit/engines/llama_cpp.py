@@ -165,8 +165,8 @@ def _environment() -> dict[str, str]:
     added = {"GGML_NO_BACKTRACE": "1"}  # an abort would start a debugger, for seconds
     if read_cpu_count() <= 4:
         # OpenMP's threads wait for each other in a busy loop. Where anything else wants one of a few cores, that makes
-        # the model up to ten times slower; waiting less costs nothing where nothing does (two cores, SmolLM2).
-        added["GOMP_SPINCOUNT"] = "1000"
+        # the model twice to ten times slower; a shorter wait costs nothing where nothing does (two cores, SmolLM2).
+        added["GOMP_SPINCOUNT"] = "10000"
     return added | os.environ
 
 
