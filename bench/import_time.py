@@ -22,9 +22,8 @@ def main() -> None:
     runs = [subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True).stdout.split()
             for _ in range(20)]  # fmt: skip
     heavy = sorted({name for run in runs for name in run[1:]})
-    print(
-        f"import gemma_qat_kit: {statistics.median(float(run[0]) for run in runs):.1f} ms; loads {heavy or 'nothing heavy'}"
-    )
+    milliseconds = statistics.median(float(run[0]) for run in runs)
+    print(f"import gemma_qat_kit: {milliseconds:.1f} ms; loads {heavy or 'nothing heavy'}")
 
 
 if __name__ == "__main__":
