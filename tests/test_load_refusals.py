@@ -155,6 +155,11 @@ def test_closed_model_says_so(tiny):
         model.chat("sky")
 
 
+def test_context_beyond_the_models_is_refused(tiny):
+    with pytest.raises(BadSettingError, match="1 to 4,096 tokens"):
+        gqk.load(tiny("E2B", "bf16"), context_length=4097)
+
+
 def test_prompt_beyond_the_context_is_counted(tiny):
     with gqk.load(tiny("E2B", "bf16"), context_length=16) as model:
         with pytest.raises(BadSettingError, match="context_length=16"):

@@ -12,6 +12,7 @@ from gemma_qat_kit.engines.transformers_config import load_config
 from gemma_qat_kit.engines.transformers_stream import GenerateStream
 from gemma_qat_kit.errors import BadSettingError, BrokenCheckpointError, MissingLibraryError, ModelClosedError
 from gemma_qat_kit.generation import Message, Settings
+from gemma_qat_kit.memory import check_context_length
 from gemma_qat_kit.progress import Progress, Report
 
 _LIBRARIES = {"w4a16": ("compressed_tensors", "compressed-tensors"), "nf4": ("bitsandbytes",) * 2,
@@ -60,6 +61,7 @@ class TransformersEngine:
         self.dtype = best_dtype(self.device)
         self.context_length = context_length
         config = load_config(folder, text_only)
+        check_context_length(context_length, config.get_text_config().max_position_embeddings)
         with traps.repaired(), _quiet(), _reporting(report, weight_bytes):
             self.model = _load_model(folder, config, self.dtype, self.device, _quantization(format, self.dtype))
             self.drafter = _load_drafter(drafter, self.dtype, self.device) if drafter else None
