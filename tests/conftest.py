@@ -1,12 +1,16 @@
 """What every test file shares."""
 
 import functools
+import signal
 from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 from loopback_hub import LoopbackHub
 from small_files import write_folder
 from tiny_repo import FILES, REPO
+
+# A run that was started in the background inherits an ignored Ctrl-C, and some tests press it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SHOWN = ("torch", "transformers", "huggingface_hub", "tokenizers", "xllamacpp", "numpy", "ipywidgets", "ipykernel")
 
