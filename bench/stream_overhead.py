@@ -59,12 +59,12 @@ def main() -> None:
         time_direct(server, num_tokens), time_ours(model, num_tokens)  # both have read the prompt once
         pairs = [(time_direct(server, num_tokens), time_ours(model, num_tokens)) for _ in range(rounds)]
         name = model.name
-    assert all(a[1] == b[1] for a, b in pairs), "the two gave different answers"
+    num_same = sum(direct == ours for (_, direct), (_, ours) in pairs)
     ratios = [ours / direct for (direct, _), (ours, _) in pairs]
     direct, ours = (statistics.median(rate for rate, _ in column) for column in zip(*pairs, strict=True))
     spread = ", ".join(f"{ratio:.2f}" for ratio in ratios)
     print(f"{name}: xllamacpp {direct:.1f} tokens/s, Model.stream {ours:.1f}")
-    print(f"median ratio of {rounds} rounds {statistics.median(ratios):.3f} ({spread})")
+    print(f"median ratio of {rounds} rounds {statistics.median(ratios):.3f} ({spread}), same answer in {num_same}")
 
 
 if __name__ == "__main__":

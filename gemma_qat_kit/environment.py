@@ -54,9 +54,7 @@ class Environment:
     @cached_property
     def gpu(self) -> Gpu | None:
         """The GPU that transformers would take: the one with the most free memory, None where it can use none."""
-        if "+cpu" in (self.libraries.get("torch") or ""):
-            return None
-        return max((gpu for gpu in self.gpus if gpu.is_usable), key=lambda gpu: gpu.free_bytes, default=None)
+        return _best_gpu(self.gpus, self.libraries.get("torch"))
 
     def __str__(self) -> str:
         lines = [self._place_line(), *self._gpu_lines()]
@@ -114,6 +112,17 @@ def environment() -> Environment:
         libraries=machine.read_libraries(),
         downloaded=frozenset(row.repo_id for row in catalog() if _is_downloaded(row, folder)),
     )
+
+
+def free_memory() -> tuple[int | None, Gpu | None]:
+    """Return the free RAM in bytes and the GPU that transformers would take: what `load` asks of `environment`."""
+    return machine.read_memory()[1], _best_gpu(machine.read_gpus(), machine.read_libraries(("torch",))["torch"])
+
+
+def _best_gpu(gpus: tuple[Gpu, ...], torch_version: str | None) -> Gpu | None:
+    if "+cpu" in (torch_version or ""):
+        return None
+    return max((gpu for gpu in gpus if gpu.is_usable), key=lambda gpu: gpu.free_bytes, default=None)
 
 
 def _is_downloaded(row: Checkpoint, folder: Path) -> bool:

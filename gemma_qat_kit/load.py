@@ -231,12 +231,12 @@ def _planned_bytes(size: str, format: str, request: _Request) -> int:
 
 def _check_memory(name: str, needed: int, engine: str, request: _Request) -> None:
     """Refuse what cannot fit, before a byte is downloaded or read."""
-    from gemma_qat_kit.environment import environment
+    from gemma_qat_kit.environment import free_memory
 
-    here = environment()
+    ram, gpu = free_memory()
     # PyPI's llama.cpp has no GPU code, so a GGUF needs RAM wherever it runs.
-    gpu = None if request.device == "cpu" or engine == "llama_cpp" else here.gpu
-    available = gpu.free_bytes if gpu else here.ram_available_bytes
+    gpu = None if request.device == "cpu" or engine == "llama_cpp" else gpu
+    available = gpu.free_bytes if gpu else ram
     if available is None or needed <= available:  # what cannot be read refuses nothing
         return
     raise NotEnoughMemoryError(

@@ -1,6 +1,5 @@
 """What `load` says to wrong names, damaged folders, too little memory and impatient people."""
 
-import dataclasses
 import sys
 
 import pytest
@@ -58,14 +57,15 @@ def test_drafter_needs_its_folder_and_an_engine_that_drafts(tiny):
 
 
 def test_too_little_memory_is_said_before_anything_is_read(monkeypatch, tiny):
-    here = dataclasses.replace(gqk.environment(), ram_available_bytes=4 * 2**30, gpus=())
-    monkeypatch.setattr(sys.modules["gemma_qat_kit.environment"], "environment", lambda: here)
+    def leave(free_bytes):
+        monkeypatch.setattr(sys.modules["gemma_qat_kit.environment"], "free_memory", lambda: (free_bytes, None))
+
+    leave(4 * 2**30)
     with pytest.raises(NotEnoughMemoryError, match=r'E2B bf16 needs 1\d\.\d GiB.*4\.00 GiB are free.*"E2B", "q4_0"'):
         gqk.load("E2B", "bf16")
     with pytest.raises(NotEnoughMemoryError, match=r'load\("E4B", "q4_0"\)'):
         gqk.load("31B")
-    here = dataclasses.replace(here, ram_available_bytes=2**20)
-    monkeypatch.setattr(sys.modules["gemma_qat_kit.environment"], "environment", lambda: here)
+    leave(2**20)
     with pytest.raises(NotEnoughMemoryError):
         gqk.load(tiny("E2B", "bf16"))
 
