@@ -8,6 +8,7 @@ from gemma_qat_kit.catalog import (
     BUILT_IN_PACKAGE,
     BUILT_IN_SIZE,
     KNOWN_FORMATS,
+    SIZES,
     Checkpoint,
     Sampling,
     catalog_checkpoint_for_repo,
@@ -73,6 +74,7 @@ def load(
         BrokenCheckpointError: What is there cannot be loaded.
         EndpointError: The server is down or refuses the key.
     """
+    format = format and format.lower()
     request = _Request(
         str(source), format, text_only, context_length, drafter, device, revision, token, report
     )  # fmt: skip
@@ -95,9 +97,11 @@ def _load_endpoint(request: _Request) -> Model:
 def _load(request: _Request) -> Model:
     row = _catalog_row(request)
     if row is not None:
-        _check_memory(f"{row.key}", _planned_bytes(row.size, row.format, request), row.engine, request)
+        if row.role == "drafter":
+            raise _drafter_alone(row)
         if row.engine == "llama_cpp" and request.drafter:
             raise _no_drafter(row.key)
+        _check_memory(f"{row.key}", _planned_bytes(row.size, row.format, request), row.engine, request)
     path = _fetch(row, request)
     drafter = _fetch_drafter(row, request) if request.drafter else None
     return _load_local(path, row, drafter, request)
@@ -110,12 +114,21 @@ def _catalog_row(request: _Request) -> Checkpoint | None:
     if "/" not in request.source:
         return find_checkpoint(request.source, request.format)
     row = catalog_checkpoint_for_repo(request.source)
-    made = row is not None and request.format in _MADE_WHILE_LOADING
-    return find_checkpoint(row.size, request.format) if made and row.format == "bf16" else row
+    if row is None or request.format in (None, row.format):
+        return row
+    if row.format == "bf16" and request.format in _MADE_WHILE_LOADING:
+        return find_checkpoint(row.size, request.format)
+    raise BadSettingError(
+        f"{request.source} holds {row.format}, not {request.format}.",
+        "A repository is loaded in its own format; nf4 and int8 are made from bf16.",
+        f'Leave the format out, or call gqk.load("{row.size}", "{request.format}").',
+    )
 
 
 def _is_path(source: str) -> bool:
-    """Tell a path from a size or a repo id: it exists, or it is written as one."""
+    """Tell a path from a repo id: it exists, or it is written as one. A size's name is never a path."""
+    if source.lower() in map(str.lower, SIZES):
+        return False
     is_written_so = source.startswith(("/", "./", "../", "~")) or source.endswith(".gguf")
     return is_written_so or Path(source).expanduser().exists()
 
@@ -165,6 +178,14 @@ def _fetch_drafter(row: Checkpoint | None, request: _Request) -> Path:
 
     kind = "q4_0-unquantized" if row.format in ("q4_0-unquantized", "w4a16") else "bf16"
     return download(find_checkpoint(row.size, kind, role="drafter"), token=request.token, report=request.report)
+
+
+def _drafter_alone(row: Checkpoint) -> BadSettingError:
+    return BadSettingError(
+        f"{row.repo_id} is an MTP drafter.",
+        "A drafter only helps the model it belongs to.",
+        f'Load that with it: gqk.load("{row.size}", "{row.format}", drafter=True).',
+    )
 
 
 def _no_drafter(name: str) -> BadSettingError:

@@ -49,6 +49,23 @@ def test_format_that_is_not_there_is_refused(tiny):
         gqk.load(tiny("E2B", "q4_0"), "nf4")
 
 
+def test_repository_keeps_its_own_format():
+    with pytest.raises(BadSettingError, match="holds bf16, not mobile"):
+        gqk.load("google/gemma-4-E2B-it", "mobile")
+
+
+def test_drafter_repository_is_refused_before_the_download():
+    with pytest.raises(BadSettingError, match=r"is an MTP drafter.*drafter=True"):
+        gqk.load("google/gemma-4-E2B-it-assistant")
+
+
+def test_folder_with_a_sizes_name_does_not_hide_the_size(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "smollm2-135m").mkdir()
+    with gqk.load("smollm2-135m", "Q4_1") as model:
+        assert model.name == "smollm2-135m q4_1"
+
+
 def test_drafter_needs_its_folder_and_an_engine_that_drafts(tiny):
     with pytest.raises(BadSettingError, match="folder 'drafter'"):
         gqk.load(tiny("12B", "bf16"), drafter=True)
