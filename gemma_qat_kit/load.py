@@ -99,8 +99,8 @@ def _load(request: _Request) -> Model:
     if row is not None:
         if row.role == "drafter":
             raise _drafter_alone(row)
-        if row.engine == "llama_cpp" and request.drafter:
-            raise _no_drafter(row.key)
+        if row.engine == "llama_cpp":
+            _refuse_extras(row.key, request)
         _check_memory(f"{row.key}", _planned_bytes(row.size, row.format, request), row.engine, request)
     path = _fetch(row, request)
     drafter = _fetch_drafter(row, request) if request.drafter else None
@@ -188,12 +188,14 @@ def _drafter_alone(row: Checkpoint) -> BadSettingError:
     )
 
 
-def _no_drafter(name: str) -> BadSettingError:
-    return BadSettingError(
-        f"{name} runs in llama.cpp, where this kit does not draft yet.",
-        "Drafters work with the formats that run in transformers.",
-        'Leave drafter out, or take format="q4_0-unquantized".',
-    )
+def _refuse_extras(name: str, request: _Request) -> None:
+    """Refuse what a GGUF cannot do here, rather than leave it out silently."""
+    if request.drafter or not request.text_only:
+        raise BadSettingError(
+            f"{name} runs in llama.cpp, where this kit neither drafts nor sees images yet.",
+            "drafter=True and text_only=False work with the formats that run in transformers.",
+            'Leave them out, or take format="q4_0-unquantized".',
+        )
 
 
 def _load_local(path: Path, row: Checkpoint | None, drafter: Path | None, request: _Request) -> Model:
@@ -207,8 +209,7 @@ def _load_local(path: Path, row: Checkpoint | None, drafter: Path | None, reques
     if row is None:
         _check_memory(request.source, weights - found.looked_up_bytes, found.engine, request)
     if found.engine == "llama_cpp":
-        if drafter:
-            raise _no_drafter(request.source)
+        _refuse_extras(request.source, request)
         from gemma_qat_kit.engines.llama_cpp import LlamaCppEngine
 
         layers = 0 if request.device == "cpu" else -1

@@ -69,8 +69,10 @@ def test_folder_with_a_sizes_name_does_not_hide_the_size(tmp_path, monkeypatch):
 def test_drafter_needs_its_folder_and_an_engine_that_drafts(tiny):
     with pytest.raises(BadSettingError, match="folder 'drafter'"):
         gqk.load(tiny("12B", "bf16"), drafter=True)
-    with pytest.raises(BadSettingError, match="does not draft yet"):
+    with pytest.raises(BadSettingError, match="neither drafts nor sees images yet"):
         gqk.load("E2B", "q4_0", drafter=True)
+    with pytest.raises(BadSettingError, match="neither drafts nor sees images yet"):
+        gqk.load(tiny("E2B", "q4_0"), text_only=False)
 
 
 def test_too_little_memory_is_said_before_anything_is_read(monkeypatch, tiny):
