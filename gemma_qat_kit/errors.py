@@ -41,7 +41,11 @@ class NotEnoughMemoryError(KitError, MemoryError):
 
 
 class NotEnoughDiskError(KitError, OSError):
-    """The download does not fit on the disk."""
+    """What is to be downloaded or written does not fit on the disk."""
+
+
+class ExportError(KitError, OSError):
+    """A file that cannot be written, would replace another, or does not come back from the disk as it was written."""
 
 
 class DownloadError(KitError, OSError):
@@ -64,8 +68,16 @@ class MissingLibraryError(KitError, ImportError):
     """A library that this call needs and that is not installed, or not in a usable version."""
 
 
+class BadTensorError(KitError, ValueError):
+    """A tensor that no format can hold: NaN, infinite, empty, of another dtype, or rows that do not divide."""
+
+
 class BadSettingError(KitError, ValueError):
     """A setting whose value cannot be used."""
+
+
+class BadOutputError(KitError, ArithmeticError):
+    """A model whose logits are not finite."""
 
 
 def unknown_name(kind: str, value: object, known: Iterable[str]) -> UnknownNameError:

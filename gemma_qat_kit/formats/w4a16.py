@@ -6,12 +6,20 @@ Source: `compressed_tensors/compressors/pack_quantized/helpers.py` and the publi
 
 import torch
 
+from gemma_qat_kit.formats.groups import check, check_finite
+
 GROUP_SIZE = 32
 
 
-def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round a weight (out, in) to int8 codes (out, in) and bfloat16 scales (out, in / 32), `weight ≈ codes * scale`."""
-    groups = weight.float().unflatten(-1, (-1, GROUP_SIZE))
+def quantize(weight: torch.Tensor, name: str = "This tensor") -> tuple[torch.Tensor, torch.Tensor]:
+    """Round a weight (..., in) to int8 codes (..., in) and bfloat16 scales (..., in / 32), `weight ≈ codes * scale`.
+
+    Raises:
+        BadTensorError: NaN or an infinity; no floats; rows that do not divide by 32.
+    """
+    check(weight, GROUP_SIZE, name)
+    check_finite(weight, name)
+    groups = weight.detach().float().unflatten(-1, (-1, GROUP_SIZE))
     # compressed-tensors' min-max observer: the symmetric range spans 15 steps.
     scale = (groups.abs().amax(-1) / 7.5).to(torch.bfloat16)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
@@ -20,18 +28,22 @@ def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def dequantize(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Return the bfloat16 weight that compressed-tensors computes from codes (out, in) and scales (out, in / 32)."""
+    """Return the bfloat16 weight that compressed-tensors computes from codes (..., in) and scales (..., in / 32)."""
     return (codes.unflatten(-1, (-1, GROUP_SIZE)).to(scale.dtype) * scale[..., None]).flatten(-2)
 
 
 def pack(codes: torch.Tensor) -> torch.Tensor:
-    """Return codes (out, in) as int32 words (out, in / 8)."""
+    """Return codes (..., in) as int32 words (..., in / 8)."""
     nibbles = (codes.to(torch.int64) + 8).unflatten(-1, (-1, 8))
-    words = (nibbles << torch.arange(0, 32, 4)).sum(-1)
+    words = (nibbles << _shifts(codes)).sum(-1)
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
 
 
 def unpack(words: torch.Tensor) -> torch.Tensor:
-    """Return the int8 codes (out, in) of int32 words (out, in / 8): the inverse of `pack`."""
-    nibbles = (words.to(torch.int64)[..., None] >> torch.arange(0, 32, 4)) & 15
+    """Return the int8 codes (..., in) of int32 words (..., in / 8): the inverse of `pack`."""
+    nibbles = (words.to(torch.int64)[..., None] >> _shifts(words)) & 15
     return (nibbles.flatten(-2) - 8).to(torch.int8)
+
+
+def _shifts(like: torch.Tensor) -> torch.Tensor:
+    return torch.arange(0, 32, 4, device=like.device)
