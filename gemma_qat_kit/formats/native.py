@@ -104,6 +104,10 @@ def _threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(read_cpu_count(), thread_name_prefix="gemma_qat_kit")
 
 
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_threads.cache_clear)  # a forked process has none of its parent's threads
+
+
 def can_run(tensor: torch.Tensor) -> bool:
     """Tell whether the kernels take this tensor: in this machine's memory, and built."""
     return tensor.device.type == "cpu" and library() is not None
