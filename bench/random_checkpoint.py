@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from gemma_qat_kit.architectures import hf_config
-from gemma_qat_kit.gguf_writer import Vocabulary, write_gguf
+from gemma_qat_kit.gguf.metadata import Vocabulary, gemma_metadata
+from gemma_qat_kit.gguf.writer import write_gguf
 from gemma_qat_kit.layouts import Tensor, bf16_tensors, gguf_tensors, mobile_tensors, w4a16_tensors
 from gemma_qat_kit.testing import CHAT_TEMPLATE, tiny_tokenizer, write_settings
 
@@ -79,12 +80,9 @@ def tensor_shape_of(tensor: Tensor) -> tuple[int, ...]:
 
 
 def _write_gguf(path: Path, config: dict) -> Path:
-    tokenizer = json.loads(tiny_tokenizer().to_str())
-    vocabulary = Vocabulary.from_tokenizer_json(tokenizer, CHAT_TEMPLATE, 106)
-    missing = config["text_config"]["vocab_size"] - len(vocabulary.tokens)
-    vocabulary.tokens.extend(f"<extra{i}>" for i in range(missing))
-    vocabulary.token_types.extend([1] * missing)
-    write_gguf(path, config, vocabulary, ((t, lambda t=t: gguf_data(t)) for t in gguf_tensors(config)))
+    vocabulary = Vocabulary.from_tokenizer_json(json.loads(tiny_tokenizer().to_str()), CHAT_TEMPLATE)
+    metadata = gemma_metadata(config, vocabulary.filled(config["text_config"]["vocab_size"]))
+    write_gguf(path, metadata, ((t, lambda t=t: [gguf_data(t)]) for t in gguf_tensors(config)), overwrite=True)
     return path
 
 

@@ -8,10 +8,24 @@ import sys
 import types
 
 __version__ = "0.1.0"
-__all__ = ["Model", "Reply", "catalog", "environment", "load", "plan_memory", "testing", "widgets"]
-
-_MODULE_OF = {"Model": "model", "Reply": "generation", "catalog": "catalog", "environment": "environment",
-              "load": "load", "plan_memory": "memory"}  # fmt: skip
+_MODULE_OF = {
+    "Model": "model",
+    "Reply": "generation",
+    "catalog": "catalog",
+    "collect_importance": "quality.post_training",
+    "compare": "quality.comparison",
+    "compare_formats": "quality.format_table",
+    "environment": "environment",
+    "export_gguf": "export.gguf",
+    "fake_quantize": "formats.quantized",
+    "grid_report": "grid_report",
+    "load": "load",
+    "perplexity": "quality.comparison",
+    "plan_memory": "memory",
+    "quantize": "formats.quantized",
+    "sqnr_db": "quality.comparison",
+}
+__all__ = [*_MODULE_OF, "testing", "widgets"]
 
 
 class _Package(types.ModuleType):

@@ -12,6 +12,7 @@ from itertools import groupby
 from gemma_qat_kit.errors import NotPublishedError, unknown_name
 from gemma_qat_kit.published import (
     BUILT_IN_FORMAT,
+    BUILT_IN_FORMATS,
     BUILT_IN_PACKAGE,
     BUILT_IN_SIZE,
     CHECKPOINTS,
@@ -27,6 +28,7 @@ from gemma_qat_kit.units import readable_bytes
 
 __all__ = [
     "BUILT_IN_FORMAT",
+    "BUILT_IN_FORMATS",
     "BUILT_IN_PACKAGE",
     "BUILT_IN_SIZE",
     "FORMATS",
@@ -44,7 +46,7 @@ __all__ = [
     "find_checkpoint",
     "format_label",
 ]
-KNOWN_FORMATS = (*FORMATS, BUILT_IN_FORMAT)
+KNOWN_FORMATS = (*FORMATS, *BUILT_IN_FORMATS)
 
 # One colour per format in every table, plot and widget: Okabe and Ito's palette, which colour-blind readers can tell
 # apart (https://jfly.uni-koeln.de/color/). Never the only sign: the name stands beside it.
@@ -58,6 +60,7 @@ FORMAT_COLOURS = {
     "nf4": "#E69F00",
     "int8": "#F0E442",
     "q4_1": "#000000",
+    "float32": "#666666",
 }
 # Look of the tables that results draw. Selectors are as specific as JupyterLab's own table rules, which they replace.
 PANEL_STYLE = """<style>
@@ -191,7 +194,7 @@ def find_checkpoint(size: str, format: str | None = None, *, role: str = "chat")
     Args:
         size: One of `SIZES`, upper or lower case.
         format: One of `KNOWN_FORMATS`. None takes the QAT checkpoint that is easiest to run: q4_0, of a drafter
-            q4_0-unquantized, of the built-in model its only format.
+            q4_0-unquantized, of the built-in model the file as it is.
         role: "chat" or "drafter".
 
     Raises:
@@ -234,6 +237,6 @@ def _no_such_row(size: str, format: str, role: str, formats: list[str]) -> NotPu
         return NotPublishedError(
             wrong, "Gemma 4 sizes have drafters; the built-in model has none.", f"Take {SIZES[0]}."
         )
-    take = "q4_0" if "q4_0" in formats else formats[-1]
+    take = next((format for format in ("q4_0", BUILT_IN_FORMAT) if format in formats), formats[-1])
     call = f'load("{size}", "{take}")' if role == "chat" else f'find_checkpoint("{size}", "{take}", role="drafter")'
     return NotPublishedError(wrong, f"Formats there: {', '.join(formats)}.", f"Take {take}: {call}.")

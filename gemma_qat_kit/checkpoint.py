@@ -6,7 +6,7 @@ from pathlib import Path
 
 from gemma_qat_kit.architectures import GEMMA_SIZES, hf_config
 from gemma_qat_kit.errors import BrokenCheckpointError, UnsafeCheckpointError
-from gemma_qat_kit.gguf_header import broken_file, read_gguf_header
+from gemma_qat_kit.gguf.header import broken_file, read_gguf_header
 
 GGUF_ARCHITECTURES = ("gemma4", "llama")  # Gemma 4, and the built-in SmolLM2
 MODEL_TYPES = ("gemma4", "gemma4_unified")
@@ -136,7 +136,7 @@ def read_config(folder: Path) -> dict:
 
 
 def _inspect_folder(folder: Path) -> LocalCheckpoint:
-    shards = _shards(folder)
+    shards = weight_files(folder)
     config = read_config(folder)
     kind = config.get("model_type")
     if kind in DRAFTER_TYPES:
@@ -154,8 +154,13 @@ def _inspect_folder(folder: Path) -> LocalCheckpoint:
     return LocalCheckpoint(folder, _folder_format(folder, quantization), size, "transformers", *_count_bytes(shards))
 
 
-def _shards(folder: Path) -> list[Path]:
-    """Return the safetensors files of a folder, all of which exist."""
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a checkpoint folder, all of which exist.
+
+    Raises:
+        BrokenCheckpointError: None there, some missing, or several without an index.
+        UnsafeCheckpointError: Only a pickle.
+    """
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.exists():
         return _listed_shards(folder, index)

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from gemma_qat_kit import machine
-from gemma_qat_kit.catalog import BUILT_IN_FORMAT, PANEL_STYLE, Checkpoint, catalog, format_label
+from gemma_qat_kit.catalog import BUILT_IN_FORMATS, PANEL_STYLE, Checkpoint, catalog, format_label
 from gemma_qat_kit.machine import Gpu
 from gemma_qat_kit.units import readable_bytes
 from gemma_qat_kit.verdicts import FormatVerdict, judge_formats, missing_requirements
@@ -135,7 +135,7 @@ def _is_downloaded(row: Checkpoint, folder: Path) -> bool:
 
 
 def _detail(verdict: FormatVerdict) -> str:
-    return verdict.reason + (", comes with the kit" if verdict.works and verdict.format == BUILT_IN_FORMAT else "")
+    return verdict.reason + (", comes with the kit" if verdict.works and verdict.format in BUILT_IN_FORMATS else "")
 
 
 def _sentence(verdict: FormatVerdict) -> str:

@@ -4,7 +4,7 @@ One description of the model (`parameters.modules`) is written out in each layou
 adds up these tensors, the tiny and the full-size random checkpoints are built from them, and the tests compare them
 with the published files' inventories.
 
-Dtypes are safetensors' names (F32, BF16, U8, I8, I32, I64) or, in a GGUF, ggml's (F32, BF16, Q4_0, Q6_K).
+Dtypes are safetensors' names (F32, BF16, U8, I8, I32, I64) or, in a GGUF, ggml's (F32, BF16, Q4_0, Q6_K, Q8_0, Q2_K).
 """
 
 import math
@@ -16,7 +16,7 @@ from gemma_qat_kit.parameters import Module, layer_modules, modules
 
 # Bytes per group and weights per group of each dtype (ggml: gguf-py's GGML_QUANT_SIZES).
 GROUP_BYTES = {"F32": (4, 1), "BF16": (2, 1), "F16": (2, 1), "U8": (1, 1), "I8": (1, 1), "I32": (4, 1), "I64": (8, 1),
-               "Q4_0": (18, 32), "Q6_K": (210, 256), "Q8_0": (34, 32)}  # fmt: skip
+               "Q4_0": (18, 32), "Q6_K": (210, 256), "Q8_0": (34, 32), "Q2_K": (84, 256)}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ GGUF_NAMES = {
     "router.scale": "ffn_gate_inp.scale", "router.per_expert_scale": "ffn_down_exps.scale",
     "embed_tokens": "token_embd", "embed_tokens_per_layer": "per_layer_token_embd",
     "per_layer_model_projection": "per_layer_model_proj", "per_layer_projection_norm": "per_layer_proj_norm",
-    "norm": "output_norm",
+    "norm": "output_norm", "lm_head": "output",
 }  # fmt: skip
 
 
@@ -149,16 +149,30 @@ def gguf_name(name: str) -> str:
     return block + short + ("" if short.endswith(".scale") else ".weight")
 
 
-def gguf_tensors(config: dict) -> Iterator[Tensor]:
-    """Yield the tensors of Google's Q4_0 GGUF: Q4_0 matrices, Q6_K embeddings, a BF16 projection, F32 for the rest."""
+GGUF_FORMATS = ("q4_0", "q8_0", "bf16", "float32")
+_TABLES = ("token_embd.weight", "per_layer_token_embd.weight", "output.weight")
+
+
+def gguf_dtype(name: str, shape: tuple[int, ...], format: str = "q4_0") -> str:
+    """Return the ggml type that a tensor of a GGUF has in one of `GGUF_FORMATS`.
+
+    In "q4_0" these are Google's own choices: Q4_0 matrices, Q6_K tables, a BF16 projection to the per-layer inputs.
+    Norms, scales and routers are F32 everywhere. Where groups of 256 do not fit, a table is Q8_0, as llama.cpp's
+    quantizer has it.
+    """
+    if len(shape) < 2 or format == "float32" or ".ffn_gate_inp." in name:
+        return "F32"
+    if format == "bf16" or name == "per_layer_model_proj.weight":
+        return "BF16"
+    if format == "q4_0" and name in _TABLES:
+        return "Q8_0" if shape[-1] % GROUP_BYTES["Q6_K"][1] else "Q6_K"
+    return format.upper()
+
+
+def gguf_tensors(config: dict, format: str = "q4_0") -> Iterator[Tensor]:
+    """Yield the tensors of a text model's GGUF in one of `GGUF_FORMATS`; "q4_0" is what Google publishes."""
     yield Tensor("rope_freqs.weight", "F32", (config["text_config"]["global_head_dim"] // 2,))
     for module in modules(config):
-        if not is_text(module.name) or module.is_kv_shared:
-            continue
-        if module.kind == "embedding":
-            dtype = "Q6_K"
-        elif module.name.endswith("per_layer_model_projection"):
-            dtype = "BF16"
-        else:
-            dtype = "Q4_0" if module.kind == "linear" or ".experts." in module.name else "F32"
-        yield Tensor(gguf_name(module.name), dtype, module.shape)
+        if is_text(module.name) and not module.is_kv_shared:
+            name = gguf_name(module.name)
+            yield Tensor(name, gguf_dtype(name, module.shape, format), module.shape)

@@ -21,7 +21,7 @@ from gemma_qat_kit.progress import Report, progress_bar
 from gemma_qat_kit.units import readable_bytes
 
 _GEMMA = Sampling(temperature=1.0, top_p=0.95, top_k=64)  # every Gemma 4 model card
-_MADE_WHILE_LOADING = ("nf4", "int8")
+_MADE_WHILE_LOADING = ("nf4", "int8")  # from bf16; float32 is made from the built-in model's own file
 _CHEAPER = (("E4B", "q4_0"), ("E2B", "q4_0"), (BUILT_IN_SIZE, None))
 
 
@@ -207,8 +207,10 @@ def _load_local(path: Path, row: Checkpoint | None, drafter: Path | None, reques
     format = _agreed_format(found, row.format if row else request.format)
     weights = found.text_bytes if request.text_only else found.all_bytes
     if row is None:
-        _check_memory(request.source, weights - found.looked_up_bytes, found.engine, request)
-    if found.engine == "llama_cpp":
+        is_float32 = format == "float32"
+        needed = _planned_bytes(size, format, request) if is_float32 else weights - found.looked_up_bytes
+        _check_memory(request.source, needed, "transformers" if is_float32 else found.engine, request)
+    if found.engine == "llama_cpp" and format != "float32":
         _refuse_extras(request.source, request)
         from gemma_qat_kit.engines.llama_cpp import LlamaCppEngine
 
@@ -240,9 +242,11 @@ def _agreed_format(found, wanted: str | None) -> str:
         return wanted or found.format
     if wanted in _MADE_WHILE_LOADING and is_16_bit:
         return wanted
+    if wanted == "float32" and found.engine == "llama_cpp" and found.size == BUILT_IN_SIZE:
+        return wanted
     raise BadSettingError(
         f"{found.path} holds {found.format}, not {wanted}.",
-        "Only nf4 and int8 are made while loading, from 16-bit weights.",
+        "While loading, nf4 and int8 are made from 16-bit weights, and float32 from the built-in model.",
         f'Leave the format out, or pass format="{found.format}".',
     )
 

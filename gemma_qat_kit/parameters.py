@@ -39,6 +39,8 @@ def modules(config: dict) -> Iterator[Module]:
     for index in range(text["num_hidden_layers"]):
         yield from layer_modules(text, index, f"{prefix}layers.{index}.")
     yield Module(prefix + "norm.weight", (hidden,))
+    if not config.get("vision_config"):  # saved after a text-only load
+        return
     if config["model_type"] == "gemma4_unified":
         yield from _unified_embedders(config)
         return

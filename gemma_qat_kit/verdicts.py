@@ -113,7 +113,7 @@ def _instead(row: Checkpoint, here: Machine) -> str:
     """Name the nearest thing that does work here."""
     for smaller in (find_checkpoint("E2B", "q4_0"), find_checkpoint(BUILT_IN_SIZE)):
         if smaller != row and _device(smaller, here):
-            return f"take {smaller.size if smaller.size == BUILT_IN_SIZE else smaller.key}"
+            return f"take {smaller.size if smaller.size == BUILT_IN_SIZE != row.size else smaller.key}"
     return "close other notebooks or take a machine with more"
 
 

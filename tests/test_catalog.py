@@ -59,7 +59,12 @@ def test_wrong_filter_gets_a_suggestion(wrong):
             r"There is no 26B-A4B w4a16 .*704 wide.* Take q4_0: load\(\"26B-A4B\", \"q4_0\"\)",
         ),
         ("12B", "mobile", "chat", r"Mobile is for E2B and E4B only. Take q4_0"),
-        ("smollm2-135m", "q4_0", "chat", r"Formats there: q4_1. Take q4_1: load\(\"smollm2-135m\", \"q4_1\"\)"),
+        (
+            "smollm2-135m",
+            "q4_0",
+            "chat",
+            r"Formats there: q4_1, float32. Take q4_1: load\(\"smollm2-135m\", \"q4_1\"\)",
+        ),
         ("E2B", "q4_1", "chat", r"Formats there: bf16, q4_0, .* Take q4_0"),
         ("E2B", "q4_0", "drafter", r"Formats there: bf16, q4_0-unquantized. Take q4_0-unquantized"),
         ("smollm2-135m", None, "drafter", "the built-in model has none. Take E2B"),

@@ -11,7 +11,7 @@ from small_files import ARRAY, STRING, U32, gguf_bytes, key, tensor, text
 
 from gemma_qat_kit.architectures import GEMMA_SIZES
 from gemma_qat_kit.errors import BrokenCheckpointError
-from gemma_qat_kit.gguf_header import GgufHeader, longest_context, read_gguf_header
+from gemma_qat_kit.gguf.header import GgufHeader, longest_context, read_gguf_header, read_keys
 
 QUICK = settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
@@ -198,3 +198,13 @@ def test_a_tensor_behind_the_end_is_a_missing_part(write, tensors):
 def test_the_length_of_an_unknown_type_is_left_to_llama_cpp(write):
     header = read_gguf_header(write(gguf_bytes(tensors=[tensor("t", (2**40,), kind=999)])))
     assert (header.tensors[0].ggml_type, header.tensors[0].nbytes) == (999, 0)
+
+
+@pytest.mark.parametrize("size", ["E2B", "built-in"])
+def test_keys_are_read_whole_with_their_types(tiny, built_in, size):
+    path = built_in if size == "built-in" else tiny(size, "q4_0")
+    fields = {name: field for name, field in gguf.GGUFReader(path).fields.items() if not name.startswith("GGUF.")}
+    ours = read_keys(path)
+    assert {key: value for key, (value, _, _) in ours.items()} == {key: f.contents() for key, f in fields.items()}
+    types = {key: [kind] if item is None else [kind, item] for key, (_, kind, item) in ours.items()}
+    assert types == {key: [kind.value for kind in field.types] for key, field in fields.items()}

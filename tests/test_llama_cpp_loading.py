@@ -167,7 +167,7 @@ def test_a_container_with_fewer_cores_gets_fewer_threads(tiny, fake_llama, tmp_p
         "def CommonParams(): return N(model=N(), cpuparams=N(), cpuparams_batch=N(), sampling=N())\n"
         f"def Server(p): open({str(seen)!r}, 'w').write(str(p.cpuparams.n_threads)); raise RuntimeError('seen')\n"
     )
-    monkeypatch.setattr("gemma_qat_kit.engines.llama_cpp.read_cpu_count", lambda: 1)
+    monkeypatch.setattr("gemma_qat_kit.engines.llama_cpp_process.read_cpu_count", lambda: 1)
     monkeypatch.setattr("os.cpu_count", lambda: 64)
     refusal(tiny("12B", "q4_0"), BrokenCheckpointError)
     assert seen.read_text() == "1"
@@ -175,7 +175,7 @@ def test_a_container_with_fewer_cores_gets_fewer_threads(tiny, fake_llama, tmp_p
 
 @pytest.mark.parametrize(("cores", "spins"), [(1, "10000"), (4, "10000"), (5, None)])
 def test_on_a_few_cores_threads_do_not_wait_in_a_loop(built_in, monkeypatch, cores, spins):
-    monkeypatch.setattr("gemma_qat_kit.engines.llama_cpp.read_cpu_count", lambda: cores)
+    monkeypatch.setattr("gemma_qat_kit.engines.llama_cpp_process.read_cpu_count", lambda: cores)
     environments = []
     monkeypatch.setattr(subprocess, "Popen", lambda *args, env, **options: environments.append(env) or 1 / 0)
     for setting in ({}, {"GOMP_SPINCOUNT": "7"}):

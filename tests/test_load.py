@@ -13,7 +13,8 @@ from gemma_qat_kit import testing
 from gemma_qat_kit.architectures import GEMMA_SIZES, MOBILE_SIZES
 from gemma_qat_kit.engines import transformers_traps
 from gemma_qat_kit.formats import mobile, w4a16
-from gemma_qat_kit.gguf_writer import Vocabulary, write_gguf
+from gemma_qat_kit.gguf.metadata import Vocabulary, gemma_metadata
+from gemma_qat_kit.gguf.writer import write_gguf
 from gemma_qat_kit.layouts import Tensor, bf16_tensors, gguf_name, is_text, mobile_bits
 
 W4A16_SIZES = ("E2B", "E4B", "12B", "31B")
@@ -159,9 +160,7 @@ def kl_divergence(expected, found):
 
 
 def write_float32(path, size, values):
-    vocabulary = Vocabulary.from_tokenizer_json(
-        json.loads(testing.tiny_tokenizer().to_str()), testing.CHAT_TEMPLATE, 106
-    )
-    tensors = [(Tensor(name, "F32", value.shape), lambda value=value: value) for name, value in values.items()]
-    write_gguf(path, testing.tiny_config(size), vocabulary, tensors)
+    vocabulary = Vocabulary.from_tokenizer_json(json.loads(testing.tiny_tokenizer().to_str()), testing.CHAT_TEMPLATE)
+    tensors = [(Tensor(name, "F32", value.shape), lambda value=value: [value]) for name, value in values.items()]
+    write_gguf(path, gemma_metadata(testing.tiny_config(size), vocabulary), tensors)
     return path

@@ -5,7 +5,15 @@ import pytest
 from gemma_qat_kit.architectures import GEMMA_SIZES, MOBILE_SIZES, hf_config
 from gemma_qat_kit.catalog import BUILT_IN_SIZE, catalog
 from gemma_qat_kit.errors import BadSettingError, NotPublishedError, UnknownNameError
-from gemma_qat_kit.memory import ENGINE_BYTES, MemoryPlan, MemoryUse, describe_parts, kv_cache_bytes, plan_memory
+from gemma_qat_kit.memory import (
+    BUILT_IN_ENGINE_BYTES,
+    ENGINE_BYTES,
+    MemoryPlan,
+    MemoryUse,
+    describe_parts,
+    kv_cache_bytes,
+    plan_memory,
+)
 
 MIB = 2**20
 ROWS = [row for row in catalog() if row.is_available and row.role == "chat"]
@@ -36,7 +44,7 @@ def test_parts_sum_to_the_total(row):
         == weights(plan) + sum(nbytes for name, nbytes in plan.parts.items() if name not in WEIGHTS)
     )
     assert plan.resident_bytes == plan.total_bytes - sum(plan.parts[name] for name in plan.on_disk)
-    assert plan.parts["engine"] == ENGINE_BYTES[row.engine]
+    assert plan.parts["engine"] == (BUILT_IN_ENGINE_BYTES if row.format == "float32" else ENGINE_BYTES[row.engine])
     assert plan.download_bytes == row.weights_bytes
 
 
@@ -93,6 +101,13 @@ def test_the_built_in_model_keeps_keys_and_values_of_all_its_layers():
     # config.json of SmolLM2-135M: 30 layers, 3 key/value heads of 64, kept as float16
     plan = plan_memory(BUILT_IN_SIZE, context_length=1000)
     assert plan.parts["key/value cache"] == 1000 * 30 * 3 * 64 * 2 * 2
+
+
+def test_the_built_in_model_as_a_network_takes_four_bytes_for_each_number():
+    # HuggingFaceTB/SmolLM2-135M-Instruct on the hub: 134,515,008 parameters
+    plan = plan_memory(BUILT_IN_SIZE, "float32", context_length=1000)
+    assert plan.parts["text layers"] == 4 * 134_515_008
+    assert plan.parts["key/value cache"] == 1000 * 30 * 3 * 64 * 2 * 4
 
 
 def test_llama_cpp_may_leave_the_per_layer_table_on_disk():

@@ -93,10 +93,16 @@ def test_the_built_in_model_is_the_file_of_its_package():
     assert find_checkpoint("SmolLM2-135M", "Q4_1") is row
 
 
+def test_the_built_in_model_as_a_network_is_made_from_the_same_file():
+    row, file = find_checkpoint("smollm2-135m", "float32"), find_checkpoint("smollm2-135m")
+    assert (row.engine, row.made_from, row.files) == ("transformers", "q4_1", file.files)
+    assert row.sampling == file.sampling
+    assert not any(need.startswith("xllamacpp") for need in row.requires)
+
+
 def test_every_size_has_a_row_in_every_format_and_two_drafters():
-    expected = {(size, format, "chat") for size in SIZES[:-1] for format in FORMATS} | {
-        ("smollm2-135m", "q4_1", "chat")
-    }
+    expected = {(size, format, "chat") for size in SIZES[:-1] for format in FORMATS}
+    expected |= {("smollm2-135m", format, "chat") for format in ("q4_1", "float32")}
     expected |= {(size, format, "drafter") for size in SIZES[:-1] for format in ("bf16", "q4_0-unquantized")}
     assert {(row.size, row.format, row.role) for row in catalog()} == expected
     assert len(catalog()) == len(expected)

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 
 from gemma_qat_kit.engines.server import MAX_BYTES, Server
-from gemma_qat_kit.errors import EndpointError, KitError, ModelClosedError
+from gemma_qat_kit.errors import BadSettingError, EndpointError, KitError, ModelClosedError
 from gemma_qat_kit.generation import Delta, Finish, Message, Settings
 
 STALL_SECONDS = 600  # a long prompt on a slow machine sends nothing for minutes
@@ -80,6 +80,21 @@ class EndpointEngine(Server):
     def _explained(self, error: KitError) -> KitError:
         """Return what is really wrong when an answer fails with `error`."""
         return _closed() if self._is_closed else error
+
+    def tokenize(self, text: str) -> list[int]:
+        """Refuse: a server of this kind has no call for it."""
+        raise self._no_scores()
+
+    def logits(self, ids: list[int]):
+        """Refuse: a server of this kind has no call for it."""
+        raise self._no_scores()
+
+    def _no_scores(self) -> BadSettingError:
+        return BadSettingError(
+            f"{self.address} cannot be measured.",
+            "An OpenAI-compatible server gives no probabilities for a text that it did not write.",
+            'Load the checkpoint itself here, as in gqk.load("E2B", "q4_0").',
+        )
 
     def memory(self) -> dict[str, int]:
         """Return no parts: the server's memory is not this machine's."""

@@ -7,31 +7,22 @@ signal handlers away from Python's Ctrl-C.
 
 import contextlib
 import json
-import os
 import secrets
 import subprocess
-import sys
-import tempfile
 import weakref
 from pathlib import Path
 
+from gemma_qat_kit.engines import llama_cpp_process as process
 from gemma_qat_kit.engines.endpoint import EndpointEngine
-from gemma_qat_kit.errors import (
-    BrokenCheckpointError,
-    EndpointError,
-    KitError,
-    MissingLibraryError,
-    NotEnoughMemoryError,
-)
-from gemma_qat_kit.gguf_header import longest_context
-from gemma_qat_kit.machine import read_cpu_count
+from gemma_qat_kit.engines.llama_cpp_scores import Scores
+from gemma_qat_kit.errors import EndpointError, KitError
+from gemma_qat_kit.gguf.header import longest_context
 from gemma_qat_kit.memory import check_context_length
 from gemma_qat_kit.progress import Progress, Report
 
 PROMPT_CACHE_MIB = 256  # llama.cpp's default of 8 GiB would not fit a free runtime
 _SERVER = Path(__file__).with_name("llama_cpp_server.py")
 _LONGEST_CONTEXT = 2**20  # where the file does not tell
-_NO_MEMORY = ("bad_alloc", "out of memory", "failed to allocate", "unable to allocate")
 
 
 class LlamaCppEngine(EndpointEngine):
@@ -54,21 +45,13 @@ class LlamaCppEngine(EndpointEngine):
     gather_seconds = 0.05  # it computes on the cores that read, and twenty times a second looks fluent
 
     def __init__(self, path: Path, *, context_length: int, num_gpu_layers: int = -1, report: Report | None = None):
-        _require_xllamacpp()
+        process.require_xllamacpp()
         check_context_length(context_length, longest_context(path) or _LONGEST_CONTEXT)
         self._is_closed = False
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
+        self._scores = Scores(path, use_gpu=num_gpu_layers != 0)
         key = secrets.token_urlsafe(24)
-        self._child = subprocess.Popen(
-            [sys.executable, "-P", _SERVER],  # -P: no file beside it or in the working folder is taken for a module
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            bufsize=0,
-            env=_environment(),
-            start_new_session=True,  # Ctrl-C in a terminal reaches Python, not the model
-        )
-        self._end = weakref.finalize(self, _end, self._child, self._log)
+        self._child, self._log = process.start(_SERVER)
+        self._end = weakref.finalize(self, process.end, self._child, self._log)
         self._end.atexit = False  # the child notices by itself
         try:
             super().__init__(self._start(path, key, context_length, num_gpu_layers, report), api_key=key)
@@ -80,58 +63,44 @@ class LlamaCppEngine(EndpointEngine):
     def _start(self, path: Path, key: str, context_length: int, num_gpu_layers: int, report: Report | None) -> str:
         """Tell the child what to load and wait until it answers with its address."""
         order = {"path": str(path), "key": key, "context_length": int(context_length),
-                 "num_gpu_layers": num_gpu_layers, "num_threads": _num_threads(),
+                 "num_gpu_layers": num_gpu_layers, "num_threads": process.num_threads(),
                  "prompt_cache_mib": PROMPT_CACHE_MIB}  # fmt: skip
         with contextlib.suppress(OSError):  # it has ended already; its log says why
             self._child.stdin.write(json.dumps(order).encode() + b"\n")
         total = path.stat().st_size
-        while not _is_readable(self._child.stdout, seconds=0.2):
+        while not process.is_readable(self._child.stdout, seconds=0.2):
             if report:
                 report(Progress("loading", min(total, sum(self.memory().values())), total))
         line = self._child.stdout.readline()
         answer = json.loads(line) if line.startswith(b"{") else {}
         if "address" not in answer:
-            raise self._load_error(path, answer.get("error", ""))
+            raise process.load_error(self._child, self._log, path, answer.get("error", ""))
         if report:
             report(Progress("loading", total, total))
         return answer["address"]
 
-    def _load_error(self, path: Path, error: str) -> KitError:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._child.wait(timeout=10)
-        code = self._child.poll()
-        detail = self._first_error() or error or f"its process ended with code {code}"
-        if code in (-9, 137) or any(sign in detail for sign in _NO_MEMORY):
-            return NotEnoughMemoryError(
-                f"The memory was too small while llama.cpp loaded {path}.",
-                "The model and its context must fit in free memory.",
-                "Close other models, or take a smaller size or context_length.",
-            )
-        return BrokenCheckpointError(
-            f"llama.cpp cannot load {path}: {detail.strip().rstrip('.')}.",
-            "A complete GGUF of an architecture that llama.cpp knows is needed.",
-            "Download it again, or update xllamacpp.",
-        )
+    def tokenize(self, text: str) -> list[int]:
+        """Return the token ids of a text, with the first token that the model wants."""
+        return self._scores.tokenize(text)
 
-    def _first_error(self) -> str:
-        """Return the first error in the log, which the later ones follow from."""
-        self._log.seek(0)
-        lines = self._log.read().decode("utf-8", "replace").splitlines()
-        telling = [line for line in lines if "GGML_ASSERT" in line or "error" in line.lower()]
-        return telling[0].rpartition("error loading model: ")[2][-300:] if telling else ""
+    def logits(self, ids: list[int]):
+        """Return what the model says after each token: float32 (tokens, words), on the CPU.
+
+        The first call starts a second process on the same file, whose pages in memory the two share: llama.cpp's
+        server does not give the probabilities of a prompt.
+
+        Raises:
+            BadSettingError: More tokens than `context_length`.
+            ModelClosedError: The model was closed.
+        """
+        return self._scores.logits(ids, self.context_length)
 
     def memory(self) -> dict[str, int]:
         """Return the bytes that the child holds: its own, and the file's pages that the system could take back."""
-        import psutil
-
-        if self._child.poll() is not None:
-            return {}
-        try:
-            info = psutil.Process(self._child.pid).memory_info()
-        except psutil.Error:
-            return {}
-        mapped = getattr(info, "shared", 0)
-        return {"private": info.rss - mapped, "mapped": mapped}
+        parts = process.memory(self._child)
+        if parts:
+            parts["private"] += self._scores.private_bytes
+        return parts
 
     def _explained(self, error: KitError) -> KitError:
         """See `EndpointEngine`; also tells a server that has died from one that refuses."""
@@ -149,44 +118,5 @@ class LlamaCppEngine(EndpointEngine):
     def close(self) -> None:
         """End the child and free all of its memory, as also happens to a model that is no longer referred to."""
         self._is_closed = True
+        self._scores.close()
         self._end()
-
-
-def _end(child: subprocess.Popen, log) -> None:
-    if child.poll() is None:
-        child.kill()
-    child.wait()
-    for pipe in (child.stdin, child.stdout, log):
-        pipe.close()
-
-
-def _environment() -> dict[str, str]:
-    """Return the child's environment variables."""
-    added = {"GGML_NO_BACKTRACE": "1"}  # an abort would start a debugger, for seconds
-    if read_cpu_count() <= 4:
-        # OpenMP's threads wait for each other in a busy loop. Where anything else wants one of a few cores, that makes
-        # the model twice to ten times slower; a shorter wait costs nothing where nothing does (two cores, SmolLM2).
-        added["GOMP_SPINCOUNT"] = "10000"
-    return added | os.environ
-
-
-def _num_threads() -> int | None:
-    """Return how many threads to compute with where a container has fewer cores than llama.cpp will count."""
-    usable = read_cpu_count()
-    return usable if usable < (os.cpu_count() or 1) else None
-
-
-def _is_readable(pipe, seconds: float) -> bool:
-    """Wait for output (or the end) of a child, at most so long."""
-    import select
-
-    return bool(select.select([pipe], [], [], seconds)[0])
-
-
-def _require_xllamacpp() -> None:
-    import importlib.util
-
-    if importlib.util.find_spec("xllamacpp") is None:
-        raise MissingLibraryError(
-            "xllamacpp is not installed.", "GGUF files run in llama.cpp through it.", "Run: pip install xllamacpp"
-        )

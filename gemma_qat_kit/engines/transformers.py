@@ -1,4 +1,4 @@
-"""Run a folder of safetensors with transformers: the reference for every layout, and what trains."""
+"""Run a checkpoint with transformers: the reference for every layout, and what trains."""
 
 import gc
 import threading
@@ -9,21 +9,24 @@ from pathlib import Path
 
 from gemma_qat_kit.engines import transformers_traps as traps
 from gemma_qat_kit.engines.transformers_config import load_config
+from gemma_qat_kit.engines.transformers_gguf import load_gguf
 from gemma_qat_kit.engines.transformers_stream import GenerateStream
 from gemma_qat_kit.errors import BadSettingError, BrokenCheckpointError, MissingLibraryError, ModelClosedError
-from gemma_qat_kit.generation import Message, Settings
+from gemma_qat_kit.generation import STOP_IDS, Message, Settings
+from gemma_qat_kit.gguf.header import longest_context
 from gemma_qat_kit.memory import check_context_length
 from gemma_qat_kit.progress import Progress, Report
+from gemma_qat_kit.quality.scoring import ModuleScorer
 
 _LIBRARIES = {"w4a16": ("compressed_tensors", "compressed-tensors"), "nf4": ("bitsandbytes",) * 2,
               "int8": ("bitsandbytes",) * 2}  # fmt: skip
 
 
 class TransformersEngine:
-    """A Gemma 4 checkpoint loaded by transformers.
+    """A Gemma 4 checkpoint, or the built-in model, loaded by transformers.
 
     Args:
-        folder: config.json, safetensors and tokenizer.
+        folder: config.json, safetensors and tokenizer; for "float32" a .gguf file.
         format: As in the catalog; "nf4" and "int8" quantize a 16-bit checkpoint with bitsandbytes while it is read.
         context_length: Tokens of prompt and answer together.
         text_only: Leave the vision and audio towers unread.
@@ -55,17 +58,23 @@ class TransformersEngine:
         import torch
         from transformers import AutoTokenizer
 
+        self.path = folder
         self.device = (
             torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else torch.device(device)
         )
-        self.dtype = best_dtype(self.device)
-        self.context_length = context_length
-        config = load_config(folder, text_only)
-        check_context_length(context_length, config.get_text_config().max_position_embeddings)
+        self.dtype = torch.float32 if format == "float32" else best_dtype(self.device)
+        self.context_length, self.stop_ids, self.drafter = context_length, STOP_IDS, None
         with traps.repaired(), _quiet(), _reporting(report, weight_bytes):
-            self.model = _load_model(folder, config, self.dtype, self.device, _quantization(format, self.dtype))
-            self.drafter = _load_drafter(drafter, self.dtype, self.device) if drafter else None
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+            if format == "float32":
+                check_context_length(context_length, longest_context(folder) or context_length)
+                self.model, self.tokenizer, end = load_gguf(folder, self.device, report)
+                self.stop_ids = [end]
+            else:
+                config = load_config(folder, text_only)
+                check_context_length(context_length, config.get_text_config().max_position_embeddings)
+                self.model = _load_model(folder, config, self.dtype, self.device, _quantization(format, self.dtype))
+                self.drafter = _load_drafter(drafter, self.dtype, self.device) if drafter else None
+                self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.processor = self.tokenizer if text_only else _load_processor(folder)
         self._lock = threading.Lock()  # two cells may use one model: one after the other
 
@@ -76,8 +85,7 @@ class TransformersEngine:
 
     def stream(self, conversation: str | list[Message], settings: Settings) -> "GenerateStream":
         """Start answering a conversation (or, given a string, continuing a text) and return the stream."""
-        if self.model is None:
-            raise ModelClosedError("This model is closed.", "A closed model answers no more.", "Load it again.")
+        self._check_open()
         inputs = self._encode(conversation, settings).to(self.device)
         room = self.context_length - inputs["input_ids"].shape[1]
         if room < 1:
@@ -87,6 +95,10 @@ class TransformersEngine:
                 "Shorten it, or load the model with a larger context_length.",
             )
         return GenerateStream(self, inputs, settings, min(settings.max_new_tokens, room))
+
+    def _check_open(self) -> None:
+        if self.model is None:
+            raise ModelClosedError("This model is closed.", "A closed model answers no more.", "Load it again.")
 
     def _encode(self, conversation: str | list[Message], settings: Settings):
         if isinstance(conversation, str):
@@ -98,6 +110,17 @@ class TransformersEngine:
             return_tensors="pt",
             return_dict=True,
         )
+
+    def tokenize(self, text: str) -> list[int]:
+        """Return the token ids of a text, with the first token that the model wants."""
+        self._check_open()
+        return ModuleScorer(self.model, self.tokenizer).tokenize(text)
+
+    def logits(self, ids: list[int]):
+        """Return what the model says after each token: float32 (tokens, words), on its device."""
+        self._check_open()
+        with self._lock:
+            return ModuleScorer(self.model, self.tokenizer).logits(ids)
 
     def memory(self) -> dict[str, int]:
         """Return the bytes of the weights as they lie in memory, and what else the GPU's allocator holds."""

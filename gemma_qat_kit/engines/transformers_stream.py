@@ -4,7 +4,7 @@ import queue
 import threading
 from collections.abc import Iterator
 
-from gemma_qat_kit.generation import STOP_IDS, Delta, Finish, Settings
+from gemma_qat_kit.generation import Delta, Finish, Settings
 
 
 class GenerateStream:
@@ -25,7 +25,7 @@ class GenerateStream:
                 self._generate()
             for piece in self._splitter.flush():
                 self._pieces.put(piece)
-            is_stop = self._last_id in STOP_IDS or self._cancelled.is_set()
+            is_stop = self._last_id in self._engine.stop_ids or self._cancelled.is_set()
             self._pieces.put(Finish("stop" if is_stop else "length", self._num_prompt, self._num_new))
         except BaseException as err:
             self._pieces.put(err)
@@ -45,7 +45,7 @@ class GenerateStream:
                 **self._inputs,
                 **sampling,
                 max_new_tokens=self._max,
-                eos_token_id=[i for i in STOP_IDS if i < model.config.get_text_config().vocab_size],
+                eos_token_id=[i for i in self._engine.stop_ids if i < model.config.get_text_config().vocab_size],
                 pad_token_id=0,
                 streamer=self,
                 stopping_criteria=[
@@ -90,7 +90,7 @@ class ThoughtSplitter:
 
     def __init__(self, tokenizer):
         self._tokenizer = tokenizer
-        self._open, self._close = (tokenizer.convert_tokens_to_ids(t) for t in ("<|channel>", "<channel|>"))
+        self._open, self._close = (_id_of(tokenizer, token) for token in ("<|channel>", "<channel|>"))
         self._is_thought = self._is_header = False
         self._ids: list[int] = []
         self._shown = 0  # characters of the decoded ids that have been given out
@@ -122,3 +122,9 @@ class ThoughtSplitter:
             yield Delta.thought(new) if self._is_thought else Delta(new)
             if new.endswith("\n") and not self._is_header:
                 self._ids, self._shown = [], 0  # decode from here: the cost of a token stays constant
+
+
+def _id_of(tokenizer, token: str) -> int | None:
+    """Return a token's id, None where there is no such token; transformers gives that of <unk> then."""
+    found = tokenizer.convert_tokens_to_ids(token)
+    return None if found == getattr(tokenizer, "unk_token_id", None) else found

@@ -72,6 +72,22 @@ def longest_context(path: Path) -> int | None:
     return length if isinstance(length, int) else None
 
 
+def read_keys(path: Path) -> dict[str, tuple[object, int, int | None]]:
+    """Return every key with its whole value, the number of its type and, of an array, that of its items' type.
+
+    Raises:
+        BrokenCheckpointError: As `read_gguf_header`, where the damage lies before the tensors.
+    """
+    found = {}
+    with _opened(path) as cursor:
+        _, num_keys = cursor.number("<Q"), cursor.number("<Q")
+        for _ in range(num_keys):
+            key, kind = cursor.string(), cursor.number("<I")
+            item = struct.unpack_from("<I", cursor.data, cursor.at)[0] if kind == _ARRAY else None
+            found[key] = cursor.value(kind, max_kept=_MAX_ARRAY), kind, item
+    return found
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator["_Cursor"]:
     """Open a GGUF for reading behind its version, and turn what a damaged header raises into one error."""
@@ -125,7 +141,7 @@ class _Cursor:
         self.at += length
         return self.data[self.at - length : self.at].decode()
 
-    def value(self, kind: int):
+    def value(self, kind: int, max_kept: int = _MAX_ARRAY_KEPT):
         if kind == _STRING:
             return self.string()
         if kind != _ARRAY:
@@ -133,7 +149,7 @@ class _Cursor:
         item, count = self.number("<I"), self.number("<Q")
         if item == _ARRAY or count > _MAX_ARRAY:  # llama.cpp reads no arrays of arrays
             raise IndexError(count)
-        if count <= _MAX_ARRAY_KEPT:
+        if count <= max_kept:
             return [self.value(item) for _ in range(count)]
         if item == _STRING:
             self._skip_strings(count)

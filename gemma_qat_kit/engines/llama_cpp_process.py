@@ -1,0 +1,116 @@
+"""A child process that runs llama.cpp: how it starts, why it ended, and how all of its memory comes back."""
+
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import IO
+
+from gemma_qat_kit.errors import BrokenCheckpointError, KitError, MissingLibraryError, NotEnoughMemoryError
+from gemma_qat_kit.machine import read_cpu_count
+
+_NO_MEMORY = ("bad_alloc", "out of memory", "failed to allocate", "unable to allocate")
+
+
+def start(script: Path, **environment: str) -> tuple[subprocess.Popen, IO[bytes]]:
+    """Start a script of this folder in a process of its own; return it and the file that its messages go to."""
+    log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by end()
+    child = subprocess.Popen(
+        [sys.executable, "-P", script],  # -P: no file beside it or in the working folder is taken for a module
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=log,
+        bufsize=0,
+        env=_environment() | environment,
+        start_new_session=True,  # Ctrl-C in a terminal reaches Python, not the model
+    )
+    return child, log
+
+
+def end(child: subprocess.Popen, log: IO[bytes]) -> None:
+    """End a child and free all of its memory."""
+    if child.poll() is None:
+        child.kill()
+    child.wait()
+    for pipe in (child.stdin, child.stdout, log):
+        pipe.close()
+
+
+def load_error(child: subprocess.Popen, log: IO[bytes], path: Path, error: str) -> KitError:
+    """Build the error for a child that did not load a file, from its own words, its log and its exit code."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        child.wait(timeout=10)
+    code = child.poll()
+    detail = first_error(log) or error or f"its process ended with code {code}"
+    if code in (-9, 137) or any(sign in detail for sign in _NO_MEMORY):
+        return NotEnoughMemoryError(
+            f"The memory was too small while llama.cpp loaded {path}.",
+            "The model and its context must fit in free memory.",
+            "Close other models, or take a smaller size or context_length.",
+        )
+    return BrokenCheckpointError(
+        f"llama.cpp cannot load {path}: {detail.strip().rstrip('.')}.",
+        "A complete GGUF of an architecture that llama.cpp knows is needed.",
+        "Download it again, or update xllamacpp.",
+    )
+
+
+def first_error(log: IO[bytes]) -> str:
+    """Return the first error in the log, which the later ones follow from."""
+    log.seek(0)
+    lines = log.read().decode("utf-8", "replace").splitlines()
+    telling = [line for line in lines if "GGML_ASSERT" in line or "error" in line.lower()]
+    return telling[0].rpartition("error loading model: ")[2][-300:] if telling else ""
+
+
+def memory(child: subprocess.Popen) -> dict[str, int]:
+    """Return the bytes that a child holds: its own, and the file's pages that the system could take back."""
+    import psutil
+
+    if child.poll() is not None:
+        return {}
+    try:
+        info = psutil.Process(child.pid).memory_info()
+    except psutil.Error:
+        return {}
+    mapped = getattr(info, "shared", 0)
+    return {"private": info.rss - mapped, "mapped": mapped}
+
+
+def _environment() -> dict[str, str]:
+    """Return the child's environment variables."""
+    added = {"GGML_NO_BACKTRACE": "1"}  # an abort would start a debugger, for seconds
+    if read_cpu_count() <= 4:
+        # OpenMP's threads wait for each other in a busy loop. Where anything else wants one of a few cores, that makes
+        # the model twice to ten times slower; a shorter wait costs nothing where nothing does (two cores, SmolLM2).
+        added["GOMP_SPINCOUNT"] = "10000"
+    return added | os.environ
+
+
+def num_threads() -> int | None:
+    """Return how many threads to compute with where a container has fewer cores than llama.cpp will count."""
+    usable = read_cpu_count()
+    return usable if usable < (os.cpu_count() or 1) else None
+
+
+def is_readable(pipe: IO[bytes], seconds: float) -> bool:
+    """Wait for output (or the end) of a child, at most so long."""
+    import select
+
+    return bool(select.select([pipe], [], [], seconds)[0])
+
+
+def require_xllamacpp() -> None:
+    """Say how to install llama.cpp where it is missing.
+
+    Raises:
+        MissingLibraryError: xllamacpp is not installed.
+    """
+    import importlib.util
+
+    if importlib.util.find_spec("xllamacpp") is None:
+        raise MissingLibraryError(
+            "xllamacpp is not installed.", "GGUF files run in llama.cpp through it.", "Run: pip install xllamacpp"
+        )
