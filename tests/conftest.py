@@ -71,3 +71,11 @@ def built_in():
     from gemma_qat_kit.load import built_in_checkpoint
 
     return built_in_checkpoint()
+
+
+@pytest.fixture
+def target(tmp_path):
+    """A folder for the file, which a test leaves empty; and the file's path."""
+    folder = tmp_path / "target"
+    folder.mkdir()
+    return folder / "model.gguf"
