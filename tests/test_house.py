@@ -16,10 +16,11 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "gemma_qat_kit"
 FLOORS = (
     "errors units progress published catalog architectures layouts parameters machine generation",
-    "formats gguf_header gguf_writer",
+    "formats gguf",
     "memory quality verdicts environment",
     "hub download checkpoint engines model load",
-    "chat testing",
+    "weights",
+    "grid_report export testing",
     "classroom",
     "widgets",
 )
