@@ -19,7 +19,7 @@ class Watched:
     Attributes:
         answer: The object in the last line that it printed, JSON.
         peak_rss_bytes: Most memory at once, pages of mapped files included.
-        peak_private_bytes: Most that was its own.
+        peak_private_bytes: Most that was its own and lies in no file.
     """
 
     answer: dict
@@ -56,7 +56,7 @@ def _memory(pid: int) -> tuple[int, int]:
 def _rollup(pid: int) -> tuple[int, int]:
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
     kib = {line.split(":")[0]: int(line.split()[1]) for line in lines}
-    return 1024 * kib["Rss"], 1024 * (kib["Private_Clean"] + kib["Private_Dirty"])
+    return 1024 * kib["Rss"], 1024 * (kib["Anonymous"])
 
 
 def fill_the_cache(path: Path) -> None:

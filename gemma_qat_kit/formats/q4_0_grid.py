@@ -79,9 +79,10 @@ class GridFit:
     def __str__(self) -> str:
         groups, naive = (n / max(1, self.num_groups) for n in (self.groups_exact, self.naive_groups_exact))
         return (
-            f"{self.share_on_grid:.2%} of {self.num_groups:,} groups lie on a Q4_0 grid. Exact: {groups:.2%} of the "
-            f"groups, {self.share_exact:.2%} of the weights; by the plain rule {naive:.2%} and "
-            f"{self.naive_share_exact:.2%}. Worst error: {self.worst_error:.2%} of a group's largest weight."
+            f"{self.share_on_grid:.2%} of {self.num_groups:,} groups lie on a Q4_0 grid. Exact in the type they came "
+            f"in: {groups:.2%} of the groups, {self.share_exact:.2%} of the weights; by the plain rule {naive:.2%} and "
+            f"{self.naive_share_exact:.2%}. Worst error before that rounding: {self.worst_error:.2%} of a group's "
+            "largest weight."
         )
 
 
