@@ -95,6 +95,18 @@ def test_logits_equal_plain_transformers_bit_for_bit(tiny, size, format):
     assert logits.std() > 0.3  # lively enough for a wrong tensor to show
 
 
+@pytest.mark.parametrize("size", MOBILE_SIZES)
+def test_a_mobile_checkpoint_lies_in_memory_as_it_lies_in_its_file(tiny, size):
+    folder = tiny(size, "mobile")
+    stored = load_file(folder / "model.safetensors")
+    with gqk.load(folder, report=lambda progress: None) as model:
+        loaded = {name: tensor for name, tensor in model.hf[0].state_dict().items() if name in stored}
+        assert len(loaded) > 500
+        changed = [name for name, tensor in loaded.items()
+                   if ("scale" in name or not tensor.is_floating_point()) and not torch.equal(tensor, stored[name])]  # fmt: skip
+    assert changed == []
+
+
 @pytest.mark.parametrize("size", GEMMA_SIZES)
 @pytest.mark.parametrize("format", ["nf4", "int8"])
 def test_bitsandbytes_formats_compute_with_their_own_dequantized_weights(tiny, size, format):

@@ -75,7 +75,8 @@ def _per_layer_scales() -> Iterator[None]:
         text = model.config.get_text_config()
         for name, module in model.named_modules():
             if name.endswith("embed_tokens_per_layer") and hasattr(module, "embedding_scale"):
-                scale = torch.ones(module.num_embeddings, text.num_hidden_layers, device=module.embedding_scale.device)
+                shape, device = (module.num_embeddings, text.num_hidden_layers), module.embedding_scale.device
+                scale = torch.ones(shape, dtype=torch.float32, device=device)  # the default dtype is the model's here
                 module.embedding_scale = torch.nn.Parameter(scale, requires_grad=False)
         return result
 
