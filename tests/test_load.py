@@ -101,9 +101,9 @@ def test_a_mobile_checkpoint_lies_in_memory_as_it_lies_in_its_file(tiny, size):
     stored = load_file(folder / "model.safetensors")
     with gqk.load(folder, report=lambda progress: None) as model:
         loaded = {name: tensor for name, tensor in model.hf[0].state_dict().items() if name in stored}
-        assert len(loaded) > 500
-        changed = [name for name, tensor in loaded.items()
-                   if ("scale" in name or not tensor.is_floating_point()) and not torch.equal(tensor, stored[name])]  # fmt: skip
+        kept = [name for name, tensor in loaded.items() if "scale" in name or not tensor.is_floating_point()]
+        changed = [name for name in kept if not torch.equal(loaded[name], stored[name])]
+    assert len(kept) > 200
     assert changed == []
 
 
