@@ -18,7 +18,7 @@ CHROMIUM_ARGUMENTS = ["--no-sandbox", "--disable-background-networking", "--disa
 # Chromium's own wishes that a page has no part in; a script that fails is still an error.
 HARMLESS = ("favicon", "ResizeObserver loop")
 
-RUN_ALL = """async () => {
+_RUN = """async ([which, start]) => {
   const app = window.jupyterapp;
   await app.restored;
   while (!app.shell.currentWidget?.context) await new Promise(resolve => setTimeout(resolve, 50));
@@ -26,23 +26,34 @@ RUN_ALL = """async () => {
   await panel.context.ready;
   await panel.sessionContext.ready;
   await panel.sessionContext.session.kernel.info;
-  await app.commands.execute("notebook:run-all-cells");
+  app.shell.collapseLeft();
+  app.shell.collapseRight();
+  const cells = panel.content.widgets;
+  if (start)
+    panel.content.activeCellIndex = cells.findIndex(cell => cell.model.sharedModel.getSource().startsWith(start));
+  await app.commands.execute(`notebook:run-${which}`);
 }"""
+_RUN_CODE = """async source => {
+  const panel = jupyterapp.shell.currentWidget, cells = panel.content.model.sharedModel.cells;
+  panel.content.model.sharedModel.addCell({ cell_type: "code", source });
+  panel.content.activeCellIndex = cells.length - 1;
+  await jupyterapp.commands.execute("notebook:run-cell");
+}"""
+_CHANGE_THEME = "name => window.jupyterapp.commands.execute('apputils:change-theme', { theme: name })"
 
 
-def lab_command(*arguments):
+def lab_command(*arguments, notebook=None):
     """The last command of `make lab`, run by this Python and with more arguments."""
-    lines = subprocess.run(
-        ["make", "-n", "--no-print-directory", "lab"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
+    make = ["make", "-n", "--no-print-directory", "lab", *([f"NOTEBOOK={notebook}"] if notebook else [])]
+    lines = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     command = shlex.split(lines.strip().splitlines()[-1])
     assert command[:3] == [".venv/bin/python", "-m", "jupyterlab"]
     return [sys.executable, *command[1:], *arguments]
 
 
 @contextmanager
-def jupyter_lab(folder):
-    """Serve a copy of the notebooks on loopback, with folders of its own; yield the address to open."""
+def jupyter_lab(folder, notebook=None):
+    """Serve a copy of the notebooks on loopback, with folders of its own; yield the address of one of them."""
     for name in ("notebooks", "docs"):
         shutil.copytree(ROOT / name, folder / name)
     token, port = secrets.token_hex(16), _free_port()
@@ -53,19 +64,64 @@ def jupyter_lab(folder):
         f"--IdentityProvider.token={token}",
         "--LabApp.expose_app_in_browser=True",
         "--LabApp.extension_manager=readonly",
+        notebook=notebook,
     )
     names = ["JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR"]
     names += ["JUPYTERLAB_WORKSPACES_DIR", "JUPYTERLAB_SETTINGS_DIR"]
     own = {name: str(folder / name.lower()) for name in names}
-    environment = os.environ | own | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    own |= {"TMPDIR": str(folder), "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     with (folder / "server.log").open("wb") as log:
-        server = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
+        server = subprocess.Popen(command, cwd=folder, env=os.environ | own, stdout=log, stderr=log)
     try:
         _wait_for(f"http://127.0.0.1:{port}/api?token={token}", server, folder / "server.log")
         yield f"http://127.0.0.1:{port}/?token={token}"
     finally:
         server.terminate()
         server.wait(20)
+
+
+@contextmanager
+def notebook_page(folder, notebook=None):
+    """Yield a page with one of the notebooks in JupyterLab, nothing run yet; `page.errors` are its console errors and
+    `page.outside` its requests to other machines."""
+    with (
+        jupyter_lab(folder, notebook) as url,
+        chromium_page(viewport={"width": 1120, "height": 900}) as (page, errors, outside),
+    ):
+        page.goto(url)
+        page.wait_for_function("window.jupyterapp")
+        page.errors, page.outside = errors, outside
+        yield page
+
+
+def run_cells(page, which="all-cells", start=None):
+    """Run cells and wait for them: "all-cells", or "all-above" or "all-below" the one whose source starts so; the
+    sidebars go, so that the notebook has the page."""
+    page.evaluate(_RUN, [which, start])
+
+
+def run_code(page, source):
+    """Run a new cell at the notebook's end and wait for it."""
+    page.evaluate(_RUN_CODE, source)
+
+
+def photograph(page, names, folder):
+    """Take pictures of panels in both themes and 480 px wide, into a folder or GQK_SCREENSHOTS; check that they fit."""
+    folder, before = Path(os.environ.get("GQK_SCREENSHOTS") or folder), page.viewport_size
+    page.set_viewport_size({"width": 1120, "height": 1400})
+    for theme in ("Dark", "Light"):
+        page.evaluate(_CHANGE_THEME, f"JupyterLab {theme}")
+        page.wait_for_timeout(500)
+        for name in names:
+            page.locator(f".gqk-{name}").first.screenshot(path=folder / f"{name}_{theme.lower()}.png")
+    page.set_viewport_size({"width": 480, "height": 1400})
+    for name in names:
+        panel = page.locator(f".gqk-{name}").first
+        panel.scroll_into_view_if_needed()
+        page.wait_for_timeout(500)
+        panel.screenshot(path=folder / f"{name}_480.png")
+        assert panel.evaluate("box => box.scrollWidth - box.clientWidth") <= 1, f"{name} is wider than the page"
+    page.set_viewport_size(before)
 
 
 @contextmanager

@@ -7,6 +7,8 @@ from types import SimpleNamespace
 from gemma_qat_kit.generation import Delta
 from gemma_qat_kit.progress import Progress
 
+_BITS = {"q8_0": 8.5, "mobile_int8": 8, "mobile_int4": 4, "mobile_int2": 2}  # 4.5 of the others
+
 
 class StandIn:
     """A model that answers what it is told to, with a pause before each piece."""
@@ -73,3 +75,14 @@ def wait_for(condition, seconds=5):
 def click(button):
     """Press a button as a person does."""
     button._click_handlers(button)
+
+
+def format_row(method):
+    """A row of a FormatTable whose divergence follows from its bits."""
+    from gemma_qat_kit.quality.comparison import Comparison
+    from gemma_qat_kit.quality.format_table import FormatRow
+    from gemma_qat_kit.quality.post_training import QuantizedSize
+
+    bits = _BITS.get(method, 4.5)
+    quality = Comparison("q", "r", "<text>", 0.9, 10.0**-bits, 1.0, 3.1, 3.0, 255, 256)
+    return FormatRow(method, QuantizedSize(int(bits * 2**17), 2**20), quality, {"layer": 20.0})

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from lab import CHROMIUM, ROOT, RUN_ALL, chromium_page, jupyter_lab
+from lab import CHROMIUM, ROOT, notebook_page, photograph, run_cells
 from PIL import Image
 
 from gemma_qat_kit.memory import plan_memory
@@ -18,23 +18,14 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on PATH: install the package `chromium`"),
 ]
-CHANGE_THEME = "name => window.jupyterapp.commands.execute('apputils:change-theme', { theme: name })"
-SHOW_ONLY_THE_NOTEBOOK = "() => { jupyterapp.shell.collapseLeft(); jupyterapp.shell.collapseRight(); }"
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     """The notebook after Run all, with its panels ready."""
-    with (
-        jupyter_lab(tmp_path_factory.mktemp("lab")) as url,
-        chromium_page(viewport={"width": 1120, "height": 900}) as (page, errors, outside),
-    ):
-        page.goto(url)
-        page.wait_for_function("window.jupyterapp")
-        page.evaluate(RUN_ALL)
-        page.evaluate(SHOW_ONLY_THE_NOTEBOOK)
+    with notebook_page(tmp_path_factory.mktemp("lab")) as page:
+        run_cells(page)
         page.wait_for_selector(".gqk-chat-status :text('Talking to')")
-        page.errors, page.outside = errors, outside
         yield page
 
 
@@ -122,19 +113,7 @@ def test_stop_ends_an_answer_soon(page):
 
 
 def test_the_panels_read_well_in_the_dark_and_on_a_phone(page, tmp_path):
-    folder = Path(os.environ.get("GQK_SCREENSHOTS") or tmp_path)
-    for theme in ("JupyterLab Light", "JupyterLab Dark"):
-        page.evaluate(CHANGE_THEME, theme)
-        page.wait_for_timeout(500)
-        for name in ("picker", "chat"):
-            page.locator(f".gqk-{name}").screenshot(path=folder / f"{name}_{theme.split()[1].lower()}.png")
-    page.evaluate(CHANGE_THEME, "JupyterLab Light")
-    page.set_viewport_size({"width": 480, "height": 900})
-    page.wait_for_timeout(500)
-    for name in ("picker", "chat"):
-        panel = page.locator(f".gqk-{name}")
-        panel.screenshot(path=folder / f"{name}_480.png")
-        assert panel.evaluate("box => box.scrollWidth - box.clientWidth") <= 1, f"{name} is wider than the page"
+    photograph(page, ("picker", "chat"), tmp_path)
 
 
 def test_nothing_went_wrong_in_the_page_and_nothing_left_this_machine(page):

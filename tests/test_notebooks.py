@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import os
+import re
 import statistics
 import tomllib
 from importlib.metadata import version
@@ -132,10 +133,11 @@ def _run_set_up(notebook, monkeypatch, variables):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs_from_top_to_bottom_offline(path, monkeypatch):
+def test_a_notebook_runs_from_top_to_bottom_offline(path, monkeypatch, tmp_path):
     from nbclient import NotebookClient
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(ROOT)]).strip(os.pathsep))
     notebook = _read(path)
     notebook.cells.append(nbformat.v4.new_code_cell(WHICH_WIDGETS))
@@ -145,10 +147,55 @@ def test_a_notebook_runs_from_top_to_bottom_offline(path, monkeypatch):
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     assert [output for output in outputs if output.get("name") == "stderr"] == []
     assert outputs[-1].text.strip() == version("ipywidgets"), "the kernel is not the one that these tests are about"
-    states = notebook.metadata.widgets["application/vnd.jupyter.widget-state+json"]["state"].values()
-    shown = " ".join(str(state["state"].get("value", "")) for state in states)
-    if path.stem == "00_start_here":
-        streamed = "".join(output.text for output in outputs[:-1] if output.get("name") == "stdout")
-        assert len(streamed.split()) > 10
-        assert "smollm2-135m q4_1 is loaded" in shown
-        assert "Talking to smollm2-135m q4_1" in shown
+    stored = notebook.metadata.widgets["application/vnd.jupyter.widget-state+json"]["state"].values()
+    states = [state["state"] for state in stored]
+    {"00_start_here": _check_start_here, "01_quantize": _check_quantize}[path.stem](notebook, states)
+
+
+def _check_start_here(notebook, states):
+    shown = " ".join(str(state.get("value", "")) for state in states)
+    assert len(_printed(notebook, "for text in model.stream").split()) > 10
+    assert "smollm2-135m q4_1 is loaded" in shown
+    assert "Talking to smollm2-135m q4_1" in shown
+
+
+def _check_quantize(notebook, states):
+    """What holds whatever the machine and Python's version: the prose says it of these outputs."""
+    first = next(state["shown"] for state in states if state.get("shown", {}).get("title", "").startswith("token_embd"))
+    words = " ".join(next(cell.source for cell in notebook.cells if "the very\nfirst group" in cell.source).split())
+    facts = dict(first["facts"])
+    assert f"scale {facts['Scale'].split()[0]}, {len(first['bytes'])} bytes" in words
+    assert f"error {facts['Signal over error (SQNR)']};" in words
+    assert "weight 13, the largest at -0.322, gets the code -8" in words
+    assert first["lines"][13].startswith("w[13] = -0.322 → code -8 → -0.322,")
+    assert "weight 15 moves from 0.0203 to 0.0403" in words
+    assert first["lines"][15].startswith("w[15] = 0.0203 → code 1 → 0.0403,")
+    ratios = dict(re.findall(r"^(\w+) .* ([\d.]+) dB$", _printed(notebook, "for format in"), re.M))
+    ratios = {name: float(ratio) for name, ratio in ratios.items()}
+    assert (ratios["q8_0"] - ratios["q4_0"]) / 4 == pytest.approx(6, abs=0.5)
+    assert ratios["mobile_int4"] < min(ratios["q4_0"], ratios["w4a16"], ratios["nf4"])
+    losses = {row[0]: float(row[6]) for row in _table(notebook, "table = panel.run()")}
+    assert losses["q8_0"] < losses["q4_0+importance"] < losses["q4_0"] < losses["mobile_int4"] < losses["mobile_int2"]
+    assert len(losses) == 7
+    assert "application/vnd.plotly.v1+json" in _cell(notebook, "table.figure()").outputs[-1].data
+    shares = re.findall(r"([\d.]+)% (?:of the groups|of the weights;|and)", _printed(notebook, "is_qat = "))
+    assert shares[:2] == ["100.00", "100.00"]
+    assert float(shares[2]) < 50
+    assert "is not on a grid" in _cell(notebook, "gqk.grid_report").outputs[-1].data["text/html"]
+    assert "verified" in _cell(notebook, "import tempfile").outputs[-1].data["text/html"]
+    assert re.search("force|mass|gravit", _printed(notebook, "with gqk.load(file.path)"))
+
+
+def _cell(notebook, start):
+    return next(cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.startswith(start))
+
+
+def _printed(notebook, start):
+    return "".join(output.text for output in _cell(notebook, start).outputs if output.get("name") == "stdout")
+
+
+def _table(notebook, start):
+    """The cells of a table that was drawn, as texts, without its heading."""
+    drawn = _cell(notebook, start).outputs[-1].data["text/html"]
+    rows = re.findall(r"<tr>(.*?)</tr>", drawn[drawn.index("<tbody>") :], re.S)
+    return [re.findall(r"<td[^>]*>(?:<span.*?</span>)?(.*?)</td>", row) for row in rows]

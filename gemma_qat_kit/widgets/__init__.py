@@ -1,9 +1,17 @@
-"""What a person sees and presses: one file per widget, plain ipywidgets that work on versions 7 and 8."""
+"""What a person sees and presses: one file per widget, for ipywidgets 7 and 8.
+
+All but BitExplorer are plain ipywidgets; that one brings a front end of its own, through anywidget.
+"""
 
 import importlib
 
-_MODULES = {"ChatPanel": "chat_panel", "Picker": "picker"}
-__all__ = ["ChatPanel", "Picker"]
+_MODULES = {
+    "BitExplorer": "bit_explorer",
+    "ChatPanel": "chat_panel",
+    "Picker": "picker",
+    "QuantizePanel": "quantize_panel",
+}
+__all__ = ["BitExplorer", "ChatPanel", "Picker", "QuantizePanel"]
 
 
 def __getattr__(name: str):

@@ -4,6 +4,8 @@ import html
 import unicodedata
 
 from gemma_qat_kit.errors import KitError
+from gemma_qat_kit.progress import Progress
+from gemma_qat_kit.units import readable_bytes
 
 # Every colour is one of JupyterLab's own variables, with a fallback that reads on light and on dark (Colab, VS Code).
 STYLE = """<style>
@@ -60,3 +62,13 @@ def error_html(error: BaseException) -> str:
         parts = [f"{type(error).__name__}: {error}"]
     lines = "".join(f"<p>{escape(part)}</p>" for part in parts if part)
     return f'<div class="gqk-text gqk-error" role="alert">{lines}</div>'
+
+
+def amount_done(progress: Progress | None) -> str:
+    """Say how much of a long job is done, in its own unit: "512 MiB of 1.00 GiB", "64 of 256 tokens"."""
+    if progress is None or not progress.done_bytes:
+        return ""
+    is_bytes = progress.unit == "B"
+    show = readable_bytes if is_bytes else "{:,}".format
+    total = f" of {show(progress.total_bytes)}" if progress.total_bytes else ""
+    return f"{show(progress.done_bytes)}{total}{'' if is_bytes else f' {progress.unit}'}"

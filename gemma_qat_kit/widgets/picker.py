@@ -11,9 +11,8 @@ from gemma_qat_kit.environment import environment
 from gemma_qat_kit.errors import CancelledError
 from gemma_qat_kit.model import Model
 from gemma_qat_kit.progress import Progress
-from gemma_qat_kit.units import readable_bytes
 from gemma_qat_kit.widgets import pump
-from gemma_qat_kit.widgets.look import STYLE, error_html, escape, status_html
+from gemma_qat_kit.widgets.look import STYLE, amount_done, error_html, escape, status_html
 from gemma_qat_kit.widgets.picker_facts import facts_html
 
 
@@ -92,14 +91,7 @@ class Picker(widgets.VBox):
         Raises:
             KitError: Whatever `load` raises; it also shows in the widget.
         """
-        done = self._start()
-        try:
-            pump.refresh_until(done, self._show)
-        except KeyboardInterrupt:
-            self.cancel()
-            done.wait()
-            self._show()
-            raise
+        pump.wait(self._start(), self._show, self.cancel)
         if self._error is not None:
             raise self._error
         return self.model
@@ -202,7 +194,7 @@ class Picker(widgets.VBox):
         self._bar.layout.visibility = "visible" if running else "hidden"
         progress = self._progress if running else None
         self._bar.value = (progress and progress.fraction) or 0.0
-        self._bar_label.value = f'<span class="gqk-text">{escape(_bar_text(progress))}</span>' if running else ""
+        self._bar_label.value = f'<span class="gqk-text">{escape(amount_done(progress))}</span>' if running else ""
         if running:
             stage = progress.stage if progress else "starting"
             self._status.value = status_html(f"{stage.capitalize()} {self._row.key}.")
@@ -224,10 +216,3 @@ def _first_row(size: str, format: str | None) -> Checkpoint:
     """Return the row to start with, also one that is not published: the widget says why."""
     rows = catalog(size=size, format=format, role="chat") if format else ()
     return rows[0] if rows else find_checkpoint(size, format)
-
-
-def _bar_text(progress: Progress | None) -> str:
-    if progress is None or not progress.done_bytes:
-        return ""
-    done = readable_bytes(progress.done_bytes)
-    return f"{done} of {readable_bytes(progress.total_bytes)}" if progress.total_bytes else done

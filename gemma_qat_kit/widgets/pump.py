@@ -41,10 +41,21 @@ def start(work: Callable[[], None], refresh: Callable[[], None]) -> threading.Ev
 
 
 def refresh_until(done: threading.Event, refresh: Callable[[], None]) -> None:
-    """Call `refresh` from this thread until `done` is set, then once more; for cells that wait for the work."""
+    """Call `refresh` from this thread until `done` is set, then once more."""
     while not done.wait(INTERVAL_SECONDS):
         refresh()
     refresh()
+
+
+def wait(done: threading.Event, refresh: Callable[[], None], cancel: Callable[[], None]) -> None:
+    """Block a cell until the work is over, refreshing meanwhile; Ctrl-C cancels it first and goes on when it ended."""
+    try:
+        refresh_until(done, refresh)
+    except KeyboardInterrupt:
+        cancel()
+        done.wait()
+        refresh()
+        raise
 
 
 def kernel_loop() -> asyncio.AbstractEventLoop | None:
