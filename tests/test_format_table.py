@@ -206,6 +206,7 @@ def test_the_figure_answers_its_title_with_units_and_direct_labels(table):
     assert "nats" in figure.layout.yaxis.title.text
     assert "Bits per weight" in figure.layout.xaxis.title.text
     assert figure.layout.showlegend is False
+    assert "sendChartToCloud" in figure.layout.modebar.remove
     assert [shape.y0 for shape in figure.layout.shapes] == [row_of(table, "q4_0").quality.kl_divergence]
     colours = [trace.marker.color for trace in figure.data]
     assert colours == [METHOD_COLOURS[row.method] for row in table.rows]

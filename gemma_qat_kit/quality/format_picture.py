@@ -42,6 +42,7 @@ def draw(table, colours: dict[str, str]):
         font={"color": _GREY},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
+        modebar={"remove": ["sendChartToCloud", "sendDataToCloud"], "bgcolor": "rgba(0,0,0,0)", "color": _GREY},
     )
     most = max(_MOST_BITS, *(row.size.bits_per_weight for row in table.rows))
     line = {"gridcolor": "rgba(127,127,127,.25)", "linecolor": _GREY, "zeroline": False}
