@@ -68,7 +68,7 @@ def linears(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def collect_importance(
-    model, text: str | Path | None = None, *, max_tokens: int = 12_000, report: Report | None = None
+    model, text: str | Path | None = None, *, max_tokens: int = 4096, report: Report | None = None
 ) -> dict[str, torch.Tensor]:
     """Return the mean square of every input of each linear layer over a text: llama.cpp's importance matrix.
 

@@ -64,12 +64,13 @@ def _in_words(group) -> str:
 
 
 def _levels(group, limit: float, y) -> list[str]:
-    """Draw the levels that can be seen as lines, or every eighth of many, and their codes where there is room."""
+    """Draw the levels that can be seen as lines, of many only some, and their codes where there is room."""
     seen = sorted((value, code) for code, value in group.levels if abs(value) <= limit)
     gap = PLOT / 2 / limit * abs(seen[-1][0] - seen[0][0]) / max(1, len(seen) - 1)
+    every = 1 if gap >= 4 else 8 * math.ceil(_SMALLEST_GAP / max(gap, 0.1) / 8)
     drawn, last = [], math.inf
     for value, code in seen:
-        if gap < 4 and code % 8:
+        if code % every:
             continue
         drawn.append(_line(LEFT, y(value), WIDTH - RIGHT, y(value), group_colour(group), 1, 0.4))
         if last - y(value) >= _SMALLEST_GAP:
@@ -82,13 +83,13 @@ def _weight(group, i: int, y) -> str:
     """Draw one weight: a stem with a circle where it is, a short bar where its code puts it, and the code."""
     step = (WIDTH - LEFT - RIGHT) / len(group.values)
     x, value, snapped = LEFT + (i + 0.5) * step, y(group.values[i]), y(group.snapped[i])
-    code, below = str(group.codes[i]), TOP + PLOT + 20
-    turned = f' transform="rotate(-90 {x:.1f} {below - 4})"' if len(code) > 2 else ""
+    is_wide = max(len(str(code)) for code in group.codes) > 2  # too wide for one row: two, in turn
+    below = TOP + PLOT + 20 + (i % 2 * 14 - 7) * is_wide
     return (
         _line(x, y(0), x, value, "currentColor", 1, 0.4)
         + _line(x - 7, snapped, x + 7, snapped, group_colour(group), 4, 1)
         + f'<circle cx="{x:.1f}" cy="{value:.1f}" r="4" fill="none" stroke="currentColor" stroke-width="1.5"/>'
-        + f'<text x="{x:.1f}" y="{below}" text-anchor="middle"{turned}>{code}</text>'
+        + f'<text x="{x:.1f}" y="{below}" text-anchor="middle">{group.codes[i]}</text>'
     )
 
 
