@@ -146,13 +146,22 @@ def test_a_new_extremum_changes_everybody_s_scale(explorer):
 
 
 def test_what_the_page_sends_is_answered_with_its_number(explorer):
-    explorer.set_state({"edit": {"index": 3, "value": 0.01, "seq": 5}})
+    explorer.set_state({"edit": {"look": explorer.shown["look"], "index": 3, "value": 0.01, "seq": 5}})
     assert explorer.shown["seq"] == 5
     assert explorer.picture().values[3] == pytest.approx(0.01)
     before = explorer.shown["answer"]
     explorer._handle_custom_msg({"do": "reset"}, [])
     explorer._handle_custom_msg({"do": "reset"}, [])
     assert explorer.shown["answer"] == before + 2, "a page that waits for an answer would wait for ever"
+
+
+def test_an_edit_that_comes_behind_a_reset_is_answered_and_not_made(explorer):
+    late = {"look": explorer.shown["look"], "index": 3, "value": 0.01, "seq": 5}
+    explorer._handle_custom_msg({"do": "reset"}, [])
+    before = explorer.shown["answer"]
+    explorer.set_state({"edit": late})
+    assert explorer.shown["answer"] == before + 1
+    assert not explorer.shown["is_edited"]
 
 
 def test_an_edit_in_bfloat16_is_rounded_as_the_weight_would_be(explorer):

@@ -46,6 +46,7 @@ def explorer(page):
     panel.scroll_into_view_if_needed()
     if panel.locator(".gqk-bits-reset").is_enabled():
         panel.locator(".gqk-bits-reset").click()
+        panel.locator(".gqk-bits-reset:disabled").wait_for()
     return panel
 
 

@@ -53,7 +53,7 @@ class BitExplorer(anywidget.AnyWidget):
     group = traitlets.Int(0).tag(sync=True)
     format = traitlets.Unicode("q4_0").tag(sync=True)
     recover_grid = traitlets.Bool(False).tag(sync=True)
-    edit = traitlets.Dict().tag(sync=True)  # what the hand moved last: index, value and a number that grows
+    edit = traitlets.Dict().tag(sync=True)  # what the hand moved last: look, index, value and a number that grows
     shown = traitlets.Dict().tag(sync=True)  # everything that the page draws
 
     def __init__(self, weights: object = None, format: str = "q4_0"):
@@ -61,7 +61,7 @@ class BitExplorer(anywidget.AnyWidget):
         self._random = random.Random(0)
         self._lock = threading.RLock()
         self._edits: dict[int, float] = {}
-        self._is_moving, self._num_answers, self._described, self._error = True, 0, None, None
+        self._num_looks, self._is_moving, self._num_answers, self._described, self._error = 0, True, 0, None, None
         super().__init__(layers=list(self._layers), layer=next(iter(self._layers)), format=format)
         self._is_moving = False
         self.on_msg(lambda widget, content, buffers: self._act(content))
@@ -137,7 +137,12 @@ class BitExplorer(anywidget.AnyWidget):
 
     @traitlets.observe("edit")
     def _on_edit(self, change) -> None:
-        self.drag(int(change["new"]["index"]), float(change["new"]["value"]))
+        # The page's widget manager holds an edit back while Python is busy, but not a click on Reset or Next: what
+        # comes behind such a click belongs to weights that are no longer shown.
+        if change["new"]["look"] == self._num_looks:
+            self.drag(int(change["new"]["index"]), float(change["new"]["value"]))
+        else:
+            self._show()  # the page waits for an answer
 
     def _act(self, content: dict) -> None:
         """Do what a button of the page asks for."""
@@ -161,7 +166,7 @@ class BitExplorer(anywidget.AnyWidget):
     def _look(self) -> None:
         """Read the weights of the place that was picked, and show them."""
         with self._lock:
-            self._edits = {}
+            self._edits, self._num_looks = {}, self._num_looks + 1
             self._show()
 
     def _show(self) -> None:
@@ -186,7 +191,8 @@ class BitExplorer(anywidget.AnyWidget):
         """Return what the controls need, and a number that tells this answer from the one before."""
         self._num_answers += 1
         num_rows, num_groups = self._counts()
-        counts = {"num_rows": num_rows, "num_groups": num_groups, "answer": self._num_answers}
+        counts = {"num_rows": num_rows, "num_groups": num_groups}
+        counts |= {"look": self._num_looks, "answer": self._num_answers}
         return counts | {"is_edited": bool(self._edits), "seq": self.edit.get("seq", 0)}
 
 

@@ -92,9 +92,11 @@ class Plot {
   // Moves the handle at once. Python is asked once a frame at most; the widget manager keeps one message in flight.
   put(index, value) {
     const limit = this.shown.limit;
-    this.moved = { index, value: Math.min(Math.max(value, -limit), limit), seq: ++this.seq };
+    const { look } = this.shown;
+    this.moved = { look, index, value: Math.min(Math.max(value, -limit), limit), seq: ++this.seq };
     this.frame ??= requestAnimationFrame(() => {
       this.frame = null;
+      if (!this.moved) return;
       this.link.set("edit", { ...this.moved });
       this.draw();
     });
@@ -119,7 +121,7 @@ class Plot {
   show(shown) {
     const before = this.shown;
     this.shown = shown;
-    if (this.moved && shown.seq >= this.moved.seq) this.moved = null;
+    if (this.moved && (shown.look !== this.moved.look || shown.seq >= this.moved.seq)) this.moved = null;
     if (this.columns.length !== shown.values.length) this.makeColumns(shown.values.length);
     set(this.svg, { "aria-label": shown.title });
     this.draw();
