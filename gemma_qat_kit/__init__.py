@@ -21,7 +21,7 @@ _MODULE_OF = {
     "grid_report": "grid_report",
     "load": "load",
     "perplexity": "quality.comparison",
-    "plan_memory": "memory",
+    "plan_memory": "memory.plan",
     "quantize": "formats.quantized",
     "sqnr_db": "quality.comparison",
 }

@@ -15,7 +15,7 @@ from gemma_qat_kit.catalog import (
     find_checkpoint,
 )
 from gemma_qat_kit.errors import BadSettingError, MissingLibraryError, NotEnoughMemoryError, unknown_name
-from gemma_qat_kit.memory import plan_memory
+from gemma_qat_kit.memory.plan import plan_memory
 from gemma_qat_kit.model import Model
 from gemma_qat_kit.progress import Report, progress_bar
 from gemma_qat_kit.units import readable_bytes
@@ -252,7 +252,7 @@ def _agreed_format(found, wanted: str | None) -> str:
 
 
 def _planned_bytes(size: str, format: str, request: _Request) -> int:
-    return plan_memory(size, format, context_length=request.context_length, text_only=request.text_only).resident_bytes
+    return plan_memory(size, format, context_length=request.context_length, text_only=request.text_only).needed_bytes
 
 
 def _check_memory(name: str, needed: int, engine: str, request: _Request) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from gemma_qat_kit.catalog import BUILT_IN_SIZE, Sampling
 from gemma_qat_kit.errors import BadSettingError
 from gemma_qat_kit.generation import Message, Reply, Settings, Stream, as_messages
-from gemma_qat_kit.memory import MemoryUse
+from gemma_qat_kit.memory.measure import MemoryUse
 
 
 @dataclass(eq=False)

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from gemma_qat_kit.catalog import BUILT_IN_SIZE, KNOWN_FORMATS, Checkpoint, catalog, find_checkpoint
 from gemma_qat_kit.machine import Gpu
-from gemma_qat_kit.memory import plan_memory
+from gemma_qat_kit.memory.plan import plan_memory
 from gemma_qat_kit.units import readable_bytes
 
 # What each engine needs beside the checkpoint's own list; the bounds are those of pyproject.toml.
@@ -49,7 +49,7 @@ def missing_requirements(here: Machine) -> list[str]:
 
 def needed_bytes(row: Checkpoint) -> int:
     """Return the least memory that a checkpoint answers in, by the plan for a short conversation."""
-    return plan_memory(row.size, row.format, context_length=2048).resident_bytes
+    return plan_memory(row.size, row.format, context_length=2048).needed_bytes
 
 
 def _judge(format: str, here: Machine) -> FormatVerdict:

@@ -10,7 +10,7 @@ import pytest
 from lab import CHROMIUM, ROOT, notebook_page, photograph, run_cells
 from PIL import Image
 
-from gemma_qat_kit.memory import plan_memory
+from gemma_qat_kit.memory.plan import plan_memory
 from gemma_qat_kit.units import readable_bytes
 
 pytestmark = [
@@ -61,7 +61,7 @@ def test_the_picker_shows_what_another_choice_costs_and_its_call(page):
     plan = plan_memory("E2B", "mobile")
     facts = page.locator(".gqk-picker-facts").inner_text()
     assert readable_bytes(plan.download_bytes) in facts
-    assert readable_bytes(plan.resident_bytes) in facts
+    assert readable_bytes(plan.needed_bytes) in facts
     call.click()
     assert page.evaluate("document.getSelection().toString()").strip() == 'gqk.load("E2B", "mobile")'
 

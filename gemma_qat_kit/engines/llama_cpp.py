@@ -17,7 +17,7 @@ from gemma_qat_kit.engines.endpoint import EndpointEngine
 from gemma_qat_kit.engines.llama_cpp_scores import Scores
 from gemma_qat_kit.errors import EndpointError, KitError
 from gemma_qat_kit.gguf.header import longest_context
-from gemma_qat_kit.memory import check_context_length
+from gemma_qat_kit.memory.settings import check_context_length
 from gemma_qat_kit.progress import Progress, Report
 
 PROMPT_CACHE_MIB = 256  # llama.cpp's default of 8 GiB would not fit a free runtime

@@ -14,7 +14,7 @@ from gemma_qat_kit.engines.transformers_stream import GenerateStream
 from gemma_qat_kit.errors import BadSettingError, BrokenCheckpointError, MissingLibraryError, ModelClosedError
 from gemma_qat_kit.generation import STOP_IDS, Message, Settings
 from gemma_qat_kit.gguf.header import longest_context
-from gemma_qat_kit.memory import check_context_length
+from gemma_qat_kit.memory.settings import check_context_length
 from gemma_qat_kit.progress import Progress, Report
 from gemma_qat_kit.quality.scoring import ModuleScorer
 

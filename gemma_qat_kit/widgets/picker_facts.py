@@ -2,7 +2,7 @@
 
 from gemma_qat_kit.catalog import FORMAT_COLOURS, Checkpoint
 from gemma_qat_kit.environment import Environment
-from gemma_qat_kit.memory import MemoryPlan, plan_memory
+from gemma_qat_kit.memory.plan import MemoryPlan, plan_memory
 from gemma_qat_kit.units import readable_bytes
 from gemma_qat_kit.widgets.look import escape
 
@@ -51,9 +51,9 @@ def _download(row: Checkpoint, plan: MemoryPlan, machine: Environment) -> str:
 
 def _memory(row: Checkpoint, plan: MemoryPlan, machine: Environment) -> str:
     """Draw the planned bytes as a share of what is free, with the same in words."""
-    needed = f"about {readable_bytes(plan.resident_bytes)} (planned)"
-    if plan.on_disk:
-        needed += f", {readable_bytes(plan.total_bytes - plan.resident_bytes)} more stay on disk"
+    needed = f"about {readable_bytes(plan.needed_bytes)} (planned)"
+    if plan.total_bytes > plan.needed_bytes:
+        needed += f", {readable_bytes(plan.total_bytes - plan.needed_bytes)} more stay on disk"
     # transformers puts a model on the GPU where there is one; llama.cpp's wheels from the package index use the CPU.
     on_gpu = row.engine == "transformers" and machine.gpu is not None
     free_bytes = machine.gpu.free_bytes if on_gpu else machine.ram_available_bytes
@@ -61,7 +61,7 @@ def _memory(row: Checkpoint, plan: MemoryPlan, machine: Environment) -> str:
         return f"{needed}; what is free here could not be read"
     free = f"{readable_bytes(free_bytes)} free on {escape(machine.gpu.name) if on_gpu else 'this machine'}"
     if plan.fits(free_bytes):
-        return f"{_bar(row, plan.resident_bytes / free_bytes)}{needed}; {free}: fits"
+        return f"{_bar(row, plan.needed_bytes / free_bytes)}{needed}; {free}: fits"
     return f"{_bar(row, 1.0)}<strong>Will not fit:</strong> {needed}; {free}"
 
 

@@ -1,0 +1,1 @@
+"""Memory: predicted before a download, measured afterwards, and both kept side by side."""

@@ -1,0 +1,114 @@
+"""The settings that a memory plan depends on, checked, with the nearest right value in every error."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Integral
+
+from gemma_qat_kit.errors import BadSettingError, unknown_name
+
+TASKS = ("chat", "finetune", "qat")
+OPTIMIZERS = {"adamw": 8, "adamw_8bit": 2, "sgd": 0}
+"""Optimizer -> bytes of its state per trained value: two float32 moments, two int8 ones, none."""
+KV_FORMATS = {"bf16": 2.0, "q8_0": 34 / 32}
+"""Format of the key/value cache -> bytes per value; bf16 stands for either 16-bit float."""
+TABLE_PLACES = ("disk", "cpu", "memory")
+DEVICES = ("cpu", "cuda")
+ENGINES = ("llama_cpp", "transformers")
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class MemorySettings:
+    """What a plan is made for.
+
+    Attributes:
+        size: A size of the catalog.
+        format: A format of the catalog.
+        engine: "llama_cpp" or "transformers".
+        device: "cuda" or "cpu".
+        task: "chat"; "finetune": adapters (LoRA) on frozen weights; "qat": every matrix of the text layers trained in
+            float32 through fake quantization.
+        context_length: Tokens of prompt and answer together, in chat.
+        batch_size: Conversations or training sequences at once.
+        sequence_length: Tokens of a training sequence.
+        lora_rank: Of the adapters, for "finetune".
+        lora_targets: Names of the linears that get one.
+        optimizer: One of `OPTIMIZERS`.
+        gradient_checkpointing: Keep one hidden state per layer and compute the rest again.
+        logits_chunk_length: Tokens whose logits are computed at once in training; None takes all of the batch.
+        kv_format: One of `KV_FORMATS`.
+        text_only: Without the vision and audio towers.
+        per_layer_table: Where the per-layer embeddings of E2B and E4B lie: left on "disk" and looked up row by row,
+            copied to the RAM of the "cpu", or in the "memory" of the device with everything else.
+        drafter: With the MTP drafter.
+    """
+
+    size: str
+    format: str
+    engine: str
+    device: str
+    task: str = "chat"
+    context_length: int = 4096
+    batch_size: int = 1
+    sequence_length: int = 1024
+    lora_rank: int = 8
+    lora_targets: tuple[str, ...] = LORA_TARGETS
+    optimizer: str = "adamw"
+    gradient_checkpointing: bool = True
+    logits_chunk_length: int | None = 256
+    kv_format: str = "bf16"
+    text_only: bool = True
+    per_layer_table: str = "disk"
+    drafter: bool = False
+
+    def __post_init__(self):
+        names = {"task": TASKS, "optimizer": OPTIMIZERS, "kv_format": KV_FORMATS, "per_layer_table": TABLE_PLACES,
+                 "device": DEVICES, "engine": ENGINES}  # fmt: skip
+        for name, known in names.items():
+            check_name(name, getattr(self, name), known)
+        for name, largest in (("batch_size", 4096), ("lora_rank", 4096)):
+            check_count(name, getattr(self, name), largest)
+        if self.logits_chunk_length is not None:
+            check_count("logits_chunk_length", self.logits_chunk_length, 2**20)
+        for target in self.lora_targets:
+            check_name("LoRA target", target, LORA_TARGETS)
+
+
+def check_name(kind: str, value: object, known: Sequence[str]) -> None:
+    """Refuse a name that is not known.
+
+    Raises:
+        UnknownNameError: Not in `known`.
+    """
+    if value not in known:
+        raise unknown_name(kind, value, known)
+
+
+def check_count(name: str, value: object, largest: int, what: str = "It is a whole number") -> None:
+    """Refuse what is no number from 1 to `largest`.
+
+    Raises:
+        BadSettingError: No integer, below 1 or above `largest`.
+    """
+    is_count = isinstance(value, Integral) and not isinstance(value, bool)
+    if not is_count or not 1 <= value <= largest:
+        raise BadSettingError(
+            f"{name}={value!r} cannot be used.",
+            f"{what} from 1 to {largest:,}.",
+            f"Try {name}={min(largest, max(1, value)) if is_count else min(largest, 4096)}.",
+        )
+
+
+def check_context_length(context_length: int, longest: int) -> None:
+    """Refuse what is no number of tokens that a model takes.
+
+    Raises:
+        BadSettingError: Not an integer from 1 to `longest`.
+    """
+    is_count = isinstance(context_length, Integral) and not isinstance(context_length, bool)
+    if not is_count or not 1 <= context_length <= longest:
+        raise BadSettingError(
+            f"context_length={context_length!r} cannot be used.",
+            f"This model takes 1 to {longest:,} tokens.",
+            f"Try context_length={min(longest, 4096)}.",
+        )

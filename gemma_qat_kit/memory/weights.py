@@ -1,0 +1,123 @@
+"""The bytes of a checkpoint's tensors by component, and where an engine keeps them."""
+
+import math
+from collections.abc import Iterator
+
+from gemma_qat_kit.architectures import drafter_config, hf_config
+from gemma_qat_kit.catalog import BUILT_IN_SIZE, find_checkpoint
+from gemma_qat_kit.layouts import (
+    Tensor,
+    bf16_tensors,
+    drafter_tensors,
+    gguf_tensors,
+    is_text,
+    mobile_tensors,
+    w4a16_tensors,
+)
+from gemma_qat_kit.memory.parts import AUDIO, DRAFTER, EMBEDDINGS, REPACKED, TABLE, TEXT_LAYERS, VISION, Part, merged
+from gemma_qat_kit.memory.settings import MemorySettings
+
+BUILT_IN_PARAMETERS = 134_515_008  # HuggingFaceTB/SmolLM2-135M-Instruct, as the hub counts them
+_BITS = {"nf4": 4.5, "int8": 8}  # bitsandbytes: a float32 scale per 64 weights; a row scale is a rounding error
+# Formats whose tensors transformers uses as they lie in the file; on a CPU it then reads the file's pages in place.
+_AS_STORED = ("bf16", "q4_0-unquantized", "mobile")
+
+
+def weight_parts(settings: MemorySettings) -> tuple[Part, ...]:
+    """Return a checkpoint's weights once it is loaded and has run."""
+    if settings.size == BUILT_IN_SIZE:
+        return _built_in(settings)
+    config = hf_config(settings.size, settings.format if settings.format == "mobile" else "bf16")
+    parts = [part for tensor in _in_memory(config, settings.format) for part in _placed(tensor, settings)]
+    if settings.drafter:
+        drafter = drafter_tensors(drafter_config(settings.size))
+        parts.append(Part(DRAFTER, sum(t.nbytes for t in drafter), _device_place(settings)))
+    return merged(part for part in parts if not (settings.text_only and part.name in (VISION, AUDIO)))
+
+
+def _built_in(settings: MemorySettings) -> tuple[Part, ...]:
+    if settings.format == "float32":
+        return (Part(TEXT_LAYERS, 4 * BUILT_IN_PARAMETERS, _device_place(settings)),)
+    place = "gpu" if settings.device == "cuda" else "mapped"
+    return (Part(TEXT_LAYERS, find_checkpoint(BUILT_IN_SIZE).weights_bytes, place),)
+
+
+def _device_place(settings: MemorySettings) -> str:
+    """Return where whatever an engine makes itself lies."""
+    return "gpu" if settings.device == "cuda" else "ram"
+
+
+def _in_memory(config: dict, format: str) -> Iterator[Tensor]:
+    """Yield the tensors that are in memory once a checkpoint is loaded and has run."""
+    if format == "q4_0":
+        return gguf_tensors(config)
+    if format == "mobile":
+        used = {tensor.name for tensor in bf16_tensors(config, has_shared_kv=False)}
+        return (t for t in mobile_tensors(config) if not _is_shared_kv(t.name, used) and "_cache_scale" not in t.name)
+    # compressed-tensors unpacks w4a16 to bf16 at the first forward, so that is what it takes.
+    return bf16_tensors(config, has_shared_kv=False)
+
+
+def _is_shared_kv(name: str, used: set[str]) -> bool:
+    """Tell a stored key or value projection that no layer uses."""
+    module = name.rpartition(".")[0]
+    return module.endswith((".k_proj", ".v_proj")) and module + ".weight" not in used
+
+
+def _placed(tensor: Tensor, settings: MemorySettings) -> Iterator[Part]:
+    """Yield the part or parts of a plan that a tensor is."""
+    name, nbytes = part_of(tensor.name), _nbytes(tensor, settings.format)
+    if settings.engine == "llama_cpp":
+        yield from _placed_by_llama_cpp(name, tensor, settings)
+    elif name == TABLE and settings.per_layer_table != "memory":
+        yield Part(name, nbytes, "disk" if settings.per_layer_table == "disk" else "ram")
+    elif settings.device == "cuda":
+        yield Part(name, nbytes, "gpu")
+    else:
+        yield Part(name, nbytes, "mapped" if settings.format in _AS_STORED and name != TABLE else "ram")
+
+
+def _placed_by_llama_cpp(name: str, tensor: Tensor, settings: MemorySettings) -> Iterator[Part]:
+    """Yield where llama.cpp keeps a tensor of a GGUF: the whole file is read; on a CPU, Q4_0 matrices are copied."""
+    if settings.device == "cuda":
+        is_read_on_cpu = name == TABLE or tensor.name == "token_embd.weight"  # rows are looked up there
+        if name != TABLE:
+            yield Part(name, tensor.nbytes, "gpu")
+        if is_read_on_cpu:
+            yield Part(name, tensor.nbytes, "mapped", is_spare=True)
+        return
+    is_repacked = tensor.dtype == "Q4_0"
+    yield Part(name, tensor.nbytes, "mapped", is_spare=is_repacked or name == TABLE)
+    if is_repacked:
+        yield Part(REPACKED, tensor.nbytes, "ram")
+
+
+def _nbytes(tensor: Tensor, format: str) -> int:
+    is_linear = tensor.name.endswith(("_proj.weight", "_projection.weight", "per_layer_input_gate.weight"))
+    if format in _BITS and is_text(tensor.name) and is_linear:
+        return int(tensor.num_values * _BITS[format] / 8)
+    return tensor.nbytes
+
+
+def part_of(name: str) -> str:
+    """Return the part of the plan that a tensor belongs to, whatever its layout's naming."""
+    if "embed_tokens_per_layer" in name or "per_layer_token_embd" in name:
+        return TABLE
+    if "embed_tokens" in name or "token_embd" in name or name.startswith("lm_head"):
+        return EMBEDDINGS
+    if "vision" in name:
+        return VISION
+    return AUDIO if "audio" in name else TEXT_LAYERS
+
+
+def file_bytes(size: str, format: str) -> int:
+    """Return the bytes of the tensors in a published checkpoint's file, those that no layer uses included."""
+    config = hf_config(size, format if format == "mobile" else "bf16")
+    tensors = {"q4_0": gguf_tensors, "mobile": mobile_tensors, "w4a16": w4a16_tensors}.get(format, bf16_tensors)
+    return sum(tensor.nbytes for tensor in tensors(config))
+
+
+def num_values(size: str, *, text_only: bool = False) -> int:
+    """Return how many parameters a model has, without those of the file that no layer uses."""
+    tensors = bf16_tensors(hf_config(size), has_shared_kv=False)
+    return sum(math.prod(t.shape) for t in tensors if not text_only or is_text(t.name))
