@@ -20,6 +20,7 @@ _MODULE_OF = {
     "fake_quantize": "formats.quantized",
     "grid_report": "grid_report",
     "load": "load",
+    "measure_memory": "memory.measure",
     "perplexity": "quality.comparison",
     "plan_memory": "memory.plan",
     "quantize": "formats.quantized",
