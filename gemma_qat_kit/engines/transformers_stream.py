@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator
 
 from gemma_qat_kit.generation import Delta, Finish, Settings
+from gemma_qat_kit.memory.work import PREFILL_CHUNK
 
 
 class GenerateStream:
@@ -51,8 +52,18 @@ class GenerateStream:
                 stopping_criteria=[
                     lambda ids, scores: torch.full((len(ids),), self._cancelled.is_set(), device=ids.device)
                 ],
-                **({"assistant_model": self._engine.drafter} if self._engine.drafter is not None else {}),
+                **self._reading(),
             )
+
+    def _reading(self) -> dict:
+        """Return how `generate` reads the prompt: in chunks, whose activations take a fraction of the whole's.
+
+        With a drafter `generate` reads in a way of its own, and of a prompt with images it would cut only the ids.
+        """
+        if self._engine.drafter is not None:
+            return {"assistant_model": self._engine.drafter}
+        is_text = self._inputs.keys() <= {"input_ids", "attention_mask"}
+        return {"prefill_chunk_size": PREFILL_CHUNK} if is_text else {}
 
     def put(self, ids) -> None:
         """Take token ids from `generate`; the first ones are the prompt."""
