@@ -18,7 +18,7 @@ FLOORS = (
     "errors units progress published catalog architectures layouts parameters machine generation",
     "formats gguf",
     "memory quality verdicts environment",
-    "hub download checkpoint engines model load",
+    "hub download checkpoint engines model load out_of_memory",
     "weights",
     "grid_report export testing",
     "classroom",

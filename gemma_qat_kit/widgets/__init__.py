@@ -8,10 +8,13 @@ import importlib
 _MODULES = {
     "BitExplorer": "bit_explorer",
     "ChatPanel": "chat_panel",
+    "MemoryChart": "memory_chart",
+    "MemoryPanel": "memory_panel",
+    "OutOfMemoryPanel": "out_of_memory_panel",
     "Picker": "picker",
     "QuantizePanel": "quantize_panel",
 }
-__all__ = ["BitExplorer", "ChatPanel", "Picker", "QuantizePanel"]
+__all__ = [*_MODULES]
 
 
 def __getattr__(name: str):
