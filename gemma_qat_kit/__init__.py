@@ -24,6 +24,7 @@ _MODULE_OF = {
     "perplexity": "quality.comparison",
     "plan_memory": "memory.plan",
     "quantize": "formats.quantized",
+    "receipts": "memory.receipts",
     "sqnr_db": "quality.comparison",
 }
 __all__ = [*_MODULE_OF, "testing", "widgets"]
