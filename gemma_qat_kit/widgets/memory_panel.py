@@ -16,7 +16,7 @@ from gemma_qat_kit.memory.settings import KV_FORMATS, MemorySettings
 from gemma_qat_kit.model import Model
 from gemma_qat_kit.out_of_memory import last_failure
 from gemma_qat_kit.units import readable_bytes
-from gemma_qat_kit.widgets.look import STYLE, error_html, status_html
+from gemma_qat_kit.widgets.look import STYLE, error_html, escape, status_html
 from gemma_qat_kit.widgets.memory_picture import (
     KEY,
     MemoryPicture,
@@ -62,13 +62,15 @@ class MemoryPanel(widgets.VBox):
 
     Raises:
         UnknownNameError: The size or the format is not known.
+        NotPublishedError: The catalog has no row for the two together.
     """
 
     def __init__(self, size: str = "E2B", format: str = "q4_0", model: Model | None = None):
-        if model is not None and model.size in SIZES:
+        rows = {(row.size, row.format): row for row in catalog(role="chat")}
+        if model is not None and (model.size, model.format) in rows:
             size, format = model.size, model.format
-        rows = catalog(size=size, format=format, role="chat")
-        size, format = rows[0].size, rows[0].format
+        first = rows.get((size, format)) or find_checkpoint(size, format)
+        size, format = first.size, first.format
         self._rooms, self.error, self._figure_html, self._is_filling = (), None, "", True
         self._note = last_failure()
         asked = (size, format, model and weakref.ref(model))
@@ -266,6 +268,6 @@ def _plan_of(model: Model) -> MemoryPlan:
 
 
 def _compared(plan: Parts, use: Parts, title: str) -> str:
-    head = f'<div class="gqk-text" style="font-weight:600;margin-top:10px">{title}</div>'
+    head = f'<div class="gqk-text" style="font-weight:600;margin-top:10px">{escape(title)}</div>'
     note = f"Measured {readable_bytes(use.total_bytes)} in memory, predicted {readable_bytes(plan.total_bytes)}."
     return head + figure_html(compared_svg(plan, use), compared_html(plan, use), note=note)
