@@ -1,4 +1,4 @@
-"""What is measured: known allocations in this process, in a child, in a file's pages, and on a stand-in for a GPU."""
+"""What is measured: known allocations in this process, in a child, and in a file's pages."""
 
 import itertools
 import os
@@ -235,67 +235,6 @@ def test_the_peak_of_a_place_and_of_the_total_are_at_their_own_moments():
     assert (seen.peak.total_bytes, seen.peak.moment.seconds) == (12, 2)
     seen.add_gpu_peak(40)
     assert (seen.peak.gpu, seen.peak.total_bytes) == (40, 40)
-
-
-class StandInCuda:
-    """torch.cuda with one GPU, whose bytes a test sets; its allocator counts the peak as torch's does."""
-
-    def __init__(self):
-        self.current = self.peak = 0
-
-    def hold(self, nbytes):
-        self.current, self.peak = nbytes, max(self.peak, nbytes)
-
-    def is_initialized(self):
-        return True
-
-    def device_count(self):
-        return 2  # the second one was never used
-
-    def memory_stats_as_nested_dict(self, device):
-        if device:
-            return {}
-        stats = {"current": self.current, "peak": self.peak}
-        return {"allocated_bytes": {"all": stats}, "reserved_bytes": {"all": {"current": 2 * self.current}}}
-
-    def reset_peak_memory_stats(self, device):
-        self.peak = self.current
-
-
-@pytest.fixture
-def cuda(monkeypatch):
-    cuda = StandInCuda()
-    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
-    return cuda
-
-
-def test_a_measurement_inside_another_leaves_it_its_gpu_peak(cuda):
-    cuda.hold(100)
-    with measure_memory() as outer:
-        cuda.hold(900)
-        cuda.hold(10)
-        with measure_memory() as inner:
-            cuda.hold(300)
-            cuda.hold(20)
-        cuda.hold(30)
-    assert (outer.peak.gpu, inner.peak.gpu) == (900, 300)
-    assert (inner.before.gpu, outer.after.gpu, outer.after.gpu_reserved) == (10, 30, 60)
-
-
-def test_a_gpu_that_fails_or_was_never_used_counts_nothing(cuda, monkeypatch):
-    cuda.hold(5)
-    monkeypatch.setattr(cuda, "is_initialized", lambda: False)
-    assert measure_process.gpu_memory() == (0, 0, 0)
-    monkeypatch.setattr(cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(cuda, "memory_stats_as_nested_dict", fail)
-    assert measure_process.gpu_memory() == (0, 0, 0)
-    with measure_memory() as use:
-        pass
-    assert use.peak.gpu == 0
-
-
-def fail(device):
-    raise RuntimeError("CUDA error: device-side assert triggered")
 
 
 def test_text_lists_places_and_marks():
