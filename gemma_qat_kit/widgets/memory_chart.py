@@ -48,13 +48,12 @@ class MemoryChart(widgets.VBox):
         return self
 
     def __exit__(self, *_) -> None:
-        self.close_watch()
+        self._end_watch()
         if self._is_own:
             self.use.stop()
         self._draw()
 
-    def close_watch(self) -> None:
-        """Stop redrawing; the chart stays as it is."""
+    def _end_watch(self) -> None:
         self._stopped.set()
         if self._watcher is not None:
             self._watcher.join()
@@ -71,6 +70,8 @@ class MemoryChart(widgets.VBox):
         with suppress(Exception):
             while self.use.is_running and not self._stopped.wait(INTERVAL_SECONDS):
                 self._draw()
+            if not self._stopped.is_set():
+                self._draw()  # it ended elsewhere
 
     def _draw(self) -> None:
         self._picture.value = draw(self.use)
