@@ -1,7 +1,7 @@
 """Receipts: what is written comes back, nothing is lost, a stranger's file is not believed, no run is disturbed."""
 
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 
 import pytest
@@ -28,7 +28,7 @@ def test_a_receipt_comes_back_as_it_was_recorded():
     plan = plan_memory("E2B", "q4_0", context_length=2048)
     record("load", plan.settings, plan, MEASURED, predicted_peak_bytes=plan.load_peak_bytes, seconds=1.5)
     (row,) = receipts()
-    assert row.settings == asdict(plan.settings)
+    assert row.settings == {name: value for name, value in asdict(plan.settings).items() if name != "config"}
     assert [(p.name, p.place, p.nbytes) for p in row.predicted.placed] == [
         (p.name, p.place, p.nbytes) for p in plan.placed
     ]
@@ -47,6 +47,16 @@ def test_a_receipt_names_no_user_host_or_path(own):
     for word in (getpass.getuser(), platform.node(), str(own.parent), os.getcwd()):
         assert f'"{word}' not in text
         assert len(word) < 5 or word not in text
+
+
+def test_a_local_checkpoint_keeps_its_name_to_itself(own):
+    plan = plan_memory("E2B", "q4_0")
+    local = replace(plan.settings, size="/home/ann/my-gemma", config={"model_type": "gemma4"})
+    record("load", local, plan, MEASURED)
+    record("chat", {"size": "/home/ann/my-gemma", "format": "/x", "context_length": 64}, None, MEASURED)
+    assert [row.name for row in receipts()] == ["local q4_0", "local"]
+    assert [row.settings["context_length"] for row in receipts()] == [4096, 64]
+    assert "ann" not in own.read_text()
 
 
 def test_errors_are_predicted_less_measured_part_by_part():
@@ -85,10 +95,12 @@ def test_what_could_not_be_read_back_is_not_written(own):
     for numbers in ({"seconds": float("nan")}, {"seconds": float("inf")}):
         with pytest.raises(BadSettingError, match=r"cannot be written.*finite numbers.*Leave out"):
             keep(**numbers)
-    with pytest.raises(BadSettingError, match="up to 80 characters"):
-        keep(size="E" * 81)
-    with pytest.raises(BadSettingError, match="cannot be written"):
-        keep(format=object())
+    for settings, message in (
+        ({"engine": "e" * 81}, "up to 80 characters"),
+        ({"engine": object()}, "cannot be written"),
+    ):
+        with pytest.raises(BadSettingError, match=message):
+            record("chat", settings, None, MEASURED)
     assert not own.exists()
 
 

@@ -74,7 +74,7 @@ class MemoryOverTime:
     def _forget(self) -> None:
         self._children, self._children_due = (), 0.0
         self._seen = Samples()
-        self.marks: deque[Mark] = deque(maxlen=_MOST_MARKS)
+        self._marks: deque[Mark] = deque(maxlen=_MOST_MARKS)
 
     @property
     def is_running(self) -> bool:
@@ -132,7 +132,7 @@ class MemoryOverTime:
         """Give this moment a name, for the chart: "loaded", "first token"."""
         moment = self._look(fresh=True)
         if moment is not None:
-            self.marks.append(Mark(str(name), moment))
+            self._marks.append(Mark(str(name), moment))
 
     @property
     def before(self) -> Moment:
@@ -160,6 +160,11 @@ class MemoryOverTime:
     def samples(self) -> tuple[Moment, ...]:
         """Memory over time, oldest first; in long runs each stands for several looks and is the highest of them."""
         return self._seen.all
+
+    @property
+    def marks(self) -> tuple[Mark, ...]:
+        """The moments that have names, oldest first; of very many the newest."""
+        return tuple(self._marks)
 
     def _look(self, fresh: bool) -> Moment | None:
         """Look at the memory and keep what is there; `fresh` looks for new children first."""

@@ -24,7 +24,7 @@ def draw(use) -> str:
         return f'{PANEL_STYLE}<div class="gqk-panel">{html.escape(str(err))}</div>'
     return (
         f'{PANEL_STYLE}<div class="gqk-panel"><figure style="margin:0;max-width:{WIDTH}px">'
-        f"{_svg(_thinned(samples), list(use.marks)[:_MOST_MARKS], peak, str(use))}</figure>{_table(use, peak)}</div>"
+        f"{_svg(_thinned(samples), use.marks[:_MOST_MARKS], peak, str(use))}</figure>{_table(use, peak)}</div>"
     )
 
 
@@ -56,7 +56,7 @@ def _row(name: str, numbers: list[int]) -> str:
     return f"<tr><td>{name}</td>{cells}</tr>"
 
 
-def _svg(samples: list[Moment], marks: list, peak, words: str) -> str:
+def _svg(samples: list[Moment], marks: tuple, peak, words: str) -> str:
     last = max(samples[-1].seconds, 1e-3)
     most = max(1, peak.moment.total_bytes)
 
@@ -106,7 +106,7 @@ def _round_values(limit: float) -> list[float]:
     return [float(f"{i * step:.6g}") for i in range(int(limit / step + 1e-9) + 1)]
 
 
-def _marks(marks: list, x) -> list[str]:
+def _marks(marks: tuple, x) -> list[str]:
     """Draw a line for each mark, its name beside it; the names take two rows in turn."""
     parts = []
     for i, (name, moment) in enumerate(marks):

@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 
 from gemma_qat_kit import machine
-from gemma_qat_kit.catalog import SIZES
+from gemma_qat_kit.catalog import KNOWN_FORMATS, SIZES
 from gemma_qat_kit.errors import BadSettingError, unknown_name
 from gemma_qat_kit.memory import receipts_file
 from gemma_qat_kit.memory.parts import PARTS, Parts
@@ -42,10 +42,19 @@ def record(event: str, settings, predicted: Parts | None, measured: Parts, **num
     """
     if event not in EVENTS:
         raise unknown_name("event", event, EVENTS)
-    settings = asdict(settings) if is_dataclass(settings) else dict(settings)
     when = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     here, libraries = _this_machine()
-    receipts_file.append(to_line(Receipt(when, event, here, libraries, settings, predicted, measured, numbers)))
+    receipts_file.append(to_line(Receipt(when, event, here, libraries, _kept(settings), predicted, measured, numbers)))
+
+
+def _kept(settings) -> dict[str, object]:
+    """Return settings as a receipt keeps them: the name of a checkpoint that is not in the catalog may be a path."""
+    values = asdict(settings) if is_dataclass(settings) else dict(settings)
+    is_published = values.pop("config", None) is None
+    for name, known in (("size", SIZES), ("format", KNOWN_FORMATS)):
+        is_known = values.get(name) in known and (is_published or name == "format")
+        values[name] = values.get(name) if is_known else None
+    return values
 
 
 @functools.cache
