@@ -1,6 +1,7 @@
 """What every test file shares."""
 
 import functools
+import os
 import signal
 from importlib.metadata import PackageNotFoundError, version
 
@@ -11,6 +12,7 @@ from tiny_repo import FILES, REPO
 
 # A run that was started in the background inherits an ignored Ctrl-C, and some tests press it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+os.environ["GQK_RECEIPTS"] = "off"  # runs of the tests are nobody's; also for the kernels and servers they start
 
 SHOWN = ("torch", "transformers", "huggingface_hub", "tokenizers", "xllamacpp", "numpy", "ipywidgets", "ipykernel")
 
