@@ -45,15 +45,17 @@ class OutOfMemoryError(NotEnoughMemoryError):
 
     def __init__(self, wrong: str, allowed: str, next_step: str, *, settings: MemorySettings, cheaper=()):
         super().__init__(wrong, allowed, next_step)
-        self.settings, self.cheaper = settings, tuple(cheaper)
+        self.settings, self.cheaper, self._is_shown = settings, tuple(cheaper), False
 
     def _render_traceback_(self) -> list[str]:
-        """Called by IPython in place of drawing a traceback, when every frame of the cell has ended."""
+        """Called by IPython in place of drawing a traceback, when every frame of the cell has ended, once or twice."""
         for error in _linked(self):
             traceback.clear_frames(error.__traceback__)
         free()
-        with suppress(Exception):  # the message matters more than its buttons
-            _show_buttons(self)
+        if not self._is_shown:
+            self._is_shown = True
+            with suppress(Exception):  # the message matters more than its buttons
+                _show_buttons(self)
         return [f"{type(self).__name__}: {self}"]
 
 

@@ -48,7 +48,7 @@ PART_COLOURS = {
 _SHORT = {EMBEDDINGS: "embeddings", TABLE: "per-layer", REPACKED: "repacked", KEY_VALUES: "KV cache"}
 _DARK = (TEXT_LAYERS, EMBEDDINGS, AUDIO, DRAFTER, ADAPTERS, GRADIENTS, OPTIMIZER)  # colours that white reads on
 WARNING = "var(--jp-error-color1, #D32F2F)"
-WIDTH, LEFT, RIGHT = 460, 34, 14
+WIDTH, LEFT, RIGHT = 420, 34, 14
 _STEPS = (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 _LETTER = 5.6  # pixels that a letter of a label takes, about
 

@@ -10,6 +10,13 @@ from gemma_qat_kit.memory.measure_picture import draw
 from gemma_qat_kit.widgets.look import STYLE
 
 INTERVAL_SECONDS = 0.25
+_STYLE = """<style>
+.gqk-memory-chart .widget-html-content { min-width: 0; width: 100%; }
+@media (max-width: 640px) {
+  .gqk-memory-chart .gqk-panel .gqk-table { font-size: 11.5px; }
+  .gqk-memory-chart .gqk-panel .gqk-table td:first-child { white-space: normal; }
+}
+</style>"""
 
 
 class MemoryChart(widgets.VBox):
@@ -27,7 +34,7 @@ class MemoryChart(widgets.VBox):
         self._is_own = use is None
         self._stopped, self._watcher, self._is_shown = threading.Event(), None, False
         self._picture = widgets.HTML(layout=widgets.Layout(width="auto", min_height="300px"))
-        super().__init__([widgets.HTML(STYLE), self._picture])
+        super().__init__([widgets.HTML(STYLE + _STYLE), self._picture])
         self.layout.max_width = "600px"
         for name in ("gqk-panel-box", "gqk-memory-chart"):
             self.add_class(name)

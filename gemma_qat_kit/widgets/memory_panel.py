@@ -137,13 +137,13 @@ class MemoryPanel(widgets.VBox):
             self._compared.value = error_html(err)
 
     def _make_controls(self) -> None:
-        wide, named = {"width": "250px", "max_width": "100%"}, {"description_width": "110px"}
+        wide, named = {"width": "240px", "max_width": "100%"}, {"description_width": "100px"}
 
         def dropdown(description: str, options) -> widgets.Dropdown:
             return widgets.Dropdown(description=description, options=options, layout=wide, style=named)
 
         def slider(description: str, options) -> widgets.SelectionSlider:
-            layout = {"width": "430px", "max_width": "100%"}
+            layout = {"width": "500px", "max_width": "100%"}
             return widgets.SelectionSlider(description=description, options=options, layout=layout, style=named)
 
         def box(description: str, value: bool) -> widgets.Checkbox:
@@ -161,7 +161,7 @@ class MemoryPanel(widgets.VBox):
             "context": slider("Context", _lengths(2**17)),
             "batch": slider("Batch", _BATCHES),
         }
-        self._figure_box, self._compared = widgets.HTML(layout={"width": "auto"}), widgets.HTML()
+        self._figure_box, self._compared = (widgets.HTML(layout={"width": "auto"}) for _ in range(2))
         self._status = widgets.HTML(layout=widgets.Layout(min_height="62px"))
         for name, control in self._controls.items():
             control.add_class(f"gqk-memory-{name.replace('_', '-')}")
@@ -237,10 +237,13 @@ class MemoryPanel(widgets.VBox):
 
     def _summary(self, rooms: tuple[Room, ...]) -> str:
         here, plan = rooms[0], rooms[0].plan
-        words = f"{plan.settings.size} {plan.settings.format} on this machine: {here.words}."
-        if self._note:
-            return f"{self._note} {words}"
-        return words
+        return (
+            f"{f'{self._note} ' if self._note else ''}"
+            f"{plan.settings.size} {plan.settings.format} on this machine: {here.words}. "
+            f"Of {readable_bytes(plan.total_bytes)} in memory {readable_bytes(plan.needed_bytes)} are needed; "
+            f"{readable_bytes(plan.load_peak_bytes)} at the peak of the load. "
+            f"The download is {readable_bytes(plan.download_bytes)}."
+        )
 
     def _figure(self, rooms: tuple[Room, ...]) -> str:
         plans = {found.device: found.plan for found in rooms}

@@ -109,10 +109,15 @@ def _has(budget: Budget, device: str) -> str:
 
 
 def _short_words(found: Room) -> str:
-    """Say what is missing or left in as few words as a phone has room for."""
-    if found.fits is not None:
-        return found.words.replace(" of GPU memory", "").replace(" of RAM", "").replace("GPU memory", "GPU")
-    return f"needs {readable_bytes(found.needs[0].nbytes)}"
+    """Say what is missing or left in as few words as a phone has room for; `Room.words` says it in full."""
+    first = found.needs[0]
+    if found.fits is None:
+        return f"needs {readable_bytes(first.nbytes)}"
+    if found.fits:
+        return f"fits, {readable_bytes(first.there_bytes - first.nbytes)} left"
+    short = [need for need in found.needs if need.fits is False]
+    missing = (f"{readable_bytes(n.nbytes - n.there_bytes)} {n.memory.removesuffix(' memory')}" for n in short[:2])
+    return f"lacks {', '.join(missing)}" if first.there_bytes else f"no {first.memory.removesuffix(' memory')}"
 
 
 def table_html(plans: Mapping[str, MemoryPlan]) -> str:
@@ -184,7 +189,7 @@ def _error(predicted: int, measured: int) -> str:
     sign = "+" if miss > 0 else "−"
     if not miss:
         return "0"
-    share = f" ({sign}{abs(miss) / measured:.1%})" if measured else ""
+    share = f'<br><span class="gqk-small">{sign}{abs(miss) / measured:.1%}</span>' if measured else ""
     return f"{sign}{readable_bytes(abs(miss))}{share}"
 
 

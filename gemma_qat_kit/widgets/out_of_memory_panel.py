@@ -45,7 +45,9 @@ class OutOfMemoryPanel(widgets.VBox):
         offers = getattr(failure, "cheaper", ())[:MOST_OFFERS]
         self._buttons = [self._button(words, plan) for words, plan in offers if run or self._can_load(plan.settings)]
         self._status = widgets.HTML(layout=widgets.Layout(min_height="40px"))
-        column = widgets.VBox(self._buttons)
+        if self._buttons:
+            self._buttons[0].button_style = "primary"  # the least is lost with it
+        column = widgets.VBox(self._buttons, layout=widgets.Layout(align_items="flex-start", margin="8px 0"))
         column.add_class("gqk-oom-buttons")
         super().__init__([widgets.HTML(STYLE), widgets.HTML(_said(failure)), column, self._status])
         self.layout.max_width = "720px"
