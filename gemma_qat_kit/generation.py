@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Protocol
@@ -146,9 +147,11 @@ class Stream:
 
     Attributes:
         source: The engine's stream.
+        around: Entered before the first piece and left after the last.
     """
 
     source: EngineStream
+    around: AbstractContextManager = field(default_factory=nullcontext)
     _started: float = field(default_factory=time.perf_counter)
     _answer: list[str] = field(default_factory=list)
     _thoughts: list[str] = field(default_factory=list)
@@ -167,6 +170,10 @@ class Stream:
         return next(self._pieces)
 
     def _read(self) -> Iterator[Delta]:
+        with self.around:
+            yield from self._pieces_of_source()
+
+    def _pieces_of_source(self) -> Iterator[Delta]:
         try:
             for piece in self.source:
                 if isinstance(piece, Finish):

@@ -18,6 +18,7 @@ from gemma_qat_kit.errors import BadSettingError, MissingLibraryError, NotEnough
 from gemma_qat_kit.memory.plan import plan_memory
 from gemma_qat_kit.model import Model
 from gemma_qat_kit.progress import Report, progress_bar
+from gemma_qat_kit.recording import load_receipt
 from gemma_qat_kit.units import readable_bytes
 
 _GEMMA = Sampling(temperature=1.0, top_p=0.95, top_k=64)  # every Gemma 4 model card
@@ -104,7 +105,8 @@ def _load(request: _Request) -> Model:
         _check_memory(f"{row.key}", _planned_bytes(row.size, row.format, request), row.engine, request)
     path = _fetch(row, request)
     drafter = _fetch_drafter(row, request) if request.drafter else None
-    return _load_local(path, row, drafter, request)
+    with load_receipt() as loaded:
+        return loaded(_load_local(path, row, drafter, request))
 
 
 def _catalog_row(request: _Request) -> Checkpoint | None:

@@ -6,6 +6,7 @@ from gemma_qat_kit.catalog import BUILT_IN_SIZE, Sampling
 from gemma_qat_kit.errors import BadSettingError
 from gemma_qat_kit.generation import Message, Reply, Settings, Stream, as_messages
 from gemma_qat_kit.memory.measure import MemoryUse
+from gemma_qat_kit.recording import chat_receipt
 
 
 @dataclass(eq=False)
@@ -93,7 +94,7 @@ class Model:
                 f"{self.size} cannot think.", "Gemma 4 can, in every size.", "Leave thinking=False, or load E2B."
             )
         settings = self._settings(thinking, max_new_tokens, temperature, top_p, top_k, seed)
-        return Stream(self.runner.stream(as_messages(conversation), settings))
+        return self._recorded(Stream(self.runner.stream(as_messages(conversation), settings)))
 
     def chat(self, conversation: str | list[Message], **settings) -> Reply:
         """Answer a question or conversation and return the whole reply; takes what `stream` takes."""
@@ -115,7 +116,12 @@ class Model:
                 f"{prompt!r:.200} is no prompt.", "There must be a text to continue.", "Pass some text, or use chat()."
             )
         settings = self._settings(False, max_new_tokens, temperature, top_p, top_k, seed)
-        return _finish(Stream(self.runner.stream(prompt, settings)))
+        return _finish(self._recorded(Stream(self.runner.stream(prompt, settings))))
+
+    def _recorded(self, stream: Stream) -> Stream:
+        """Keep a receipt of the memory that an answer takes."""
+        stream.around = chat_receipt(self, stream)
+        return stream
 
     def _settings(self, thinking, max_new_tokens, temperature, top_p, top_k, seed) -> Settings:
         """Fill in the model card's sampling where the caller says nothing."""

@@ -18,7 +18,7 @@ FLOORS = (
     "errors units progress published catalog architectures layouts parameters machine generation",
     "formats gguf",
     "memory quality verdicts environment",
-    "hub download checkpoint engines model load out_of_memory",
+    "hub download checkpoint engines recording model load out_of_memory loading_note",
     "weights",
     "grid_report export testing",
     "classroom",

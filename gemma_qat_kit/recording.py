@@ -1,0 +1,123 @@
+"""Receipts of loads and answers: what they take is measured while they run, and kept beside the plan.
+
+Nothing here may disturb a run: whatever fails is one warning. With `GQK_RECEIPTS=off` nothing is measured either.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+from gemma_qat_kit.catalog import SIZES
+from gemma_qat_kit.memory.measure import MemoryOverTime, measure_memory
+from gemma_qat_kit.memory.measure_samples import PLACES_IN_MEMORY
+from gemma_qat_kit.memory.parts import ACTIVATIONS, ENGINE, WEIGHTS, Part, Parts, merged
+from gemma_qat_kit.memory.plan import MemoryPlan, plan_for
+from gemma_qat_kit.memory.receipts import record
+from gemma_qat_kit.memory.receipts_file import receipts_path, warn_once
+from gemma_qat_kit.memory.settings import MemorySettings
+
+
+@contextmanager
+def load_receipt() -> Iterator[Callable[[object], object]]:
+    """Measure a load, and keep its receipt once the block has called what it gets with the model, which comes back."""
+    models = []
+
+    def loaded(model):
+        models.append(model)
+        return model
+
+    with _measured() as use:
+        yield loaded
+    if use is not None and models:
+        with _quietly():
+            _record_load(models[0], use)
+
+
+@contextmanager
+def chat_receipt(model, stream) -> Iterator[None]:
+    """Measure while an answer is generated, and keep its receipt when it has ended by itself or was cancelled.
+
+    Args:
+        model: The `Model` that answers.
+        stream: The answer's `Stream`; its `reply` is read at the end.
+    """
+    with _measured(model.engine != "endpoint") as use:
+        yield
+    if use is not None:
+        with _quietly():
+            _record_chat(model, stream.reply, use)
+
+
+@contextmanager
+def _measured(is_here: bool = True) -> Iterator[MemoryOverTime | None]:
+    """Measure a block, unless receipts are off or it runs on another machine."""
+    use = None
+    with _quietly():
+        if is_here and receipts_path() is not None:
+            use = measure_memory()
+            use.start()
+    try:
+        yield use
+    finally:
+        if use is not None:
+            with _quietly():
+                use.stop()
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    try:
+        yield
+    except Exception as err:
+        with suppress(Warning):  # where warnings are errors
+            warn_once(f"This run's memory receipt could not be kept: {err}.")
+
+
+def _record_load(model, use: MemoryOverTime) -> None:
+    """Compare what a loaded model holds with those parts of its plan that are there before the first question."""
+    if model.engine == "endpoint":
+        return
+    settings, held = _settings_of(model), model.memory()
+    plan = _plan(settings) if settings else None
+    is_there = (*WEIGHTS, ENGINE) if model.engine == "transformers" else None  # llama.cpp allocates everything
+    predicted = plan and Parts(tuple(p for p in plan.placed if is_there is None or p.name in is_there))
+    peak = {"measured_peak_bytes": _at_peak(held, use).total_bytes}
+    if plan is not None:
+        peak["predicted_peak_bytes"] = plan.load_peak_bytes
+    record("load", settings or _known(model), predicted, held, seconds=round(use.after.seconds, 3), **peak)
+
+
+def _record_chat(model, reply, use: MemoryOverTime) -> None:
+    """Compare the most that was held while a model answered with the plan; transformers' cache grows with the text."""
+    num_tokens = (reply.prompt_tokens or 0) + reply.new_tokens
+    length = num_tokens if model.engine == "transformers" and reply.prompt_tokens else model.context_length
+    settings = _settings_of(model, length)
+    measured = _at_peak(model.memory(), use)
+    record("chat", settings or _known(model, length), settings and _plan(settings), measured,
+           seconds=round(reply.seconds, 3), tokens=num_tokens)  # fmt: skip
+
+
+def _at_peak(held: Parts, use: MemoryOverTime) -> Parts:
+    """Add to what is held now how much more there was at the peak: it was freed since, so it was work, not weights."""
+    more = ((place, use.peak.in_place(place) - use.after.in_place(place)) for place in PLACES_IN_MEMORY)
+    return Parts(merged((*held.placed, *(Part(ACTIVATIONS, nbytes, place) for place, nbytes in more if nbytes > 0))))
+
+
+def _settings_of(model, context_length: int | None = None) -> MemorySettings | None:
+    """Return what a plan of a loaded model is made for, None of one that is not in the catalog."""
+    if model.size not in SIZES:
+        return None
+    known = _known(model, context_length)
+    return MemorySettings(**known)
+
+
+def _known(model, context_length: int | None = None) -> dict[str, object]:
+    device = getattr(getattr(model.runner, "device", None), "type", "cpu")
+    return {"size": model.size, "format": model.format, "engine": model.engine, "device": device,
+            "context_length": context_length or model.context_length}  # fmt: skip
+
+
+@functools.lru_cache(maxsize=8)
+def _plan(settings: MemorySettings) -> MemoryPlan:
+    """Return a plan; a conversation asks for the same one again and again."""
+    return plan_for(settings)
