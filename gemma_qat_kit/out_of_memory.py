@@ -1,22 +1,15 @@
 """When memory runs out: say which part is largest and what would take less, and free what failed, all of it.
 
 A model that did not fit stays in memory as long as anything refers to the frames of its traceback: Python, IPython and
-the exception itself all do. `help` turns the error into one that refers to nothing. A kernel that the system ended
-cannot say anything any more; the note that `note_loading` leaves says it to the next one.
+the exception itself all do. `help` turns the error into one that refers to nothing.
 """
 
 import gc
-import json
-import os
 import re
-import socket
 import sys
 import traceback
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 from gemma_qat_kit.errors import KitError, NotEnoughMemoryError
 from gemma_qat_kit.memory.plan import MemoryPlan, plan_for
@@ -32,7 +25,6 @@ _SIGNS = re.compile(
 )
 _ASKED = re.compile(r"tried to allocate ([\d.]+ ?(?:[KMGT]i?B|bytes))", re.IGNORECASE)
 _LAST = ("last_exc", "last_value", "last_traceback", "last_type")
-_CLOCK = 5  # seconds by which a process's start may seem to move when the clock is set
 
 
 class OutOfMemoryError(NotEnoughMemoryError):
@@ -99,7 +91,7 @@ def explain_oom(error: BaseException, settings: MemorySettings) -> OutOfMemoryEr
         _what_happened(error, settings),
         f"It needs {readable_bytes(plan.needed_bytes)} by its plan; the largest part is {largest.name}, "
         f"{readable_bytes(largest.nbytes)}.",
-        _advice(cheaper),
+        advice(cheaper),
         settings=settings,
         cheaper=cheaper,
     )
@@ -114,7 +106,8 @@ def _what_happened(error: BaseException, settings: MemorySettings) -> str:
     return f"{settings.size} {settings.format} ran out of {memory}{words}."
 
 
-def _advice(cheaper: list[tuple[str, MemoryPlan]]) -> str:
+def advice(cheaper: Sequence[tuple[str, MemoryPlan]]) -> str:
+    """Say what would take less, with its bytes."""
     if not cheaper:
         return "Close other models, or take a machine with more memory."
     offers = [f"{words} ({readable_bytes(plan.needed_bytes)})" for words, plan in cheaper[:MOST_OFFERS]]
@@ -178,108 +171,3 @@ def _show_buttons(failure: OutOfMemoryError) -> None:
         import gemma_qat_kit
 
         display(gemma_qat_kit.widgets.OutOfMemoryPanel(failure, into="model"))
-
-
-@dataclass(frozen=True)
-class EndedKernel:
-    """A kernel that ended while it loaded a model; as text, what to say about it.
-
-    Attributes:
-        settings: What it loaded.
-        needed_bytes: By its plan.
-        cheaper: As in `OutOfMemoryError`.
-    """
-
-    settings: MemorySettings
-    needed_bytes: int
-    cheaper: tuple[tuple[str, MemoryPlan], ...]
-
-    def __str__(self) -> str:
-        name = f"{self.settings.size} {self.settings.format}"
-        needs = readable_bytes(self.needed_bytes)
-        return f"The last kernel ended while it loaded {name}, which needs {needs}. {_advice(list(self.cheaper))}"
-
-
-@contextmanager
-def note_loading(settings: MemorySettings) -> Iterator[None]:
-    """Leave a note on disk while a model is loaded, and warn of the one that a kernel left which did not survive that.
-
-    Args:
-        settings: What is loaded.
-    """
-    if ended := last_failure():
-        warnings.warn(str(ended), stacklevel=3)
-    path = _write_note(settings)
-    try:
-        yield
-    finally:
-        if path is not None:
-            with suppress(OSError):
-                path.unlink(missing_ok=True)
-
-
-def last_failure() -> EndedKernel | None:
-    """Return what a kernel was loading when it ended, once: its note is removed. None where all went well."""
-    found = None
-    for path in sorted(_folder().glob("loading-*.json")):
-        note = _read_note(path)
-        if note is not None and _is_alive(note):
-            continue
-        with suppress(OSError):
-            path.unlink(missing_ok=True)
-        found = (note and _ended(note)) or found
-    return found
-
-
-def _write_note(settings: MemorySettings) -> Path | None:
-    """Write the note of this process; where that cannot be done nothing else is lost."""
-    import psutil
-
-    path = _folder() / f"loading-{os.getpid()}.json"
-    try:
-        note = {"pid": os.getpid(), "started": psutil.Process().create_time(), "host": socket.gethostname()}
-        note |= {"needed_bytes": plan_for(settings).needed_bytes, "settings": asdict(replace(settings, config=None))}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(note), encoding="utf-8")
-    except (OSError, KitError, psutil.Error):
-        return None
-    return path
-
-
-def _read_note(path: Path) -> dict | None:
-    try:
-        note = json.loads(path.read_text(encoding="utf-8"))
-        return {"pid": int(note["pid"]), "started": float(note["started"]), "host": str(note["host"]),
-                "needed_bytes": int(note["needed_bytes"]), "settings": dict(note["settings"])}  # fmt: skip
-    except (OSError, ValueError, TypeError, KeyError):  # cut off, or written by somebody else
-        return None
-
-
-def _is_alive(note: dict) -> bool:
-    """Whether the process that wrote a note still runs; of another machine with the same home nobody knows."""
-    import psutil
-
-    if note["host"] != socket.gethostname():
-        return True
-    try:
-        process = psutil.Process(note["pid"])
-        is_same = abs(process.create_time() - note["started"]) < _CLOCK  # ids are used again, in containers at once
-        return is_same and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-    except psutil.Error:
-        return True
-
-
-def _ended(note: dict) -> EndedKernel | None:
-    try:
-        settings = MemorySettings(**note["settings"] | {"lora_targets": tuple(note["settings"]["lora_targets"])})
-        return EndedKernel(settings, note["needed_bytes"], tuple(plan_for(settings).cheaper()))
-    except (KitError, TypeError, KeyError):  # settings of another version of the kit
-        return None
-
-
-def _folder() -> Path:
-    """Return the folder of what the kit remembers."""
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get("GEMMA_QAT_KIT_HOME") or f"{cache}/gemma_qat_kit").expanduser()

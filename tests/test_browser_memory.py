@@ -46,7 +46,7 @@ MEASURED = """
 from dataclasses import replace
 from types import SimpleNamespace
 from gemma_qat_kit.memory.measure import MemoryUse
-plan = gqk.plan_memory("E2B", "bf16", device="cpu", per_layer_table="cpu")
+plan = gqk.plan_memory("E2B", "bf16", device="cpu")
 use = MemoryUse(tuple(replace(part, nbytes=round(part.nbytes * 1.05)) for part in plan.placed))
 facts = {"size": "E2B", "format": "bf16", "engine": "transformers", "context_length": 4096, "name": "E2B bf16"}
 model = SimpleNamespace(**facts, runner=None, memory=lambda: use)

@@ -1,24 +1,20 @@
-"""MemoryPanel and OutOfMemoryPanel without a browser: what they show, keep, refuse and load."""
+"""MemoryPanel without a browser: what it shows, keeps, refuses and measures."""
 
-import sys
-import threading
 from dataclasses import replace
-from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
-from stand_ins import StandIn, click, wait_for
+from stand_ins import StandIn, click
 
-from gemma_qat_kit import out_of_memory
 from gemma_qat_kit.catalog import KNOWN_FORMATS, SIZES, catalog
 from gemma_qat_kit.errors import BadSettingError, NotPublishedError, UnknownNameError
+from gemma_qat_kit.loading_note import EndedKernel
 from gemma_qat_kit.memory.budgets import KNOWN, Budget
 from gemma_qat_kit.memory.measure import MemoryUse
 from gemma_qat_kit.memory.parts import KEY_VALUES, PARTS, TABLE, TEXT_LAYERS, Part
-from gemma_qat_kit.memory.plan import MemoryPlan, plan_for, plan_memory
-from gemma_qat_kit.progress import Progress
+from gemma_qat_kit.memory.plan import plan_memory
 from gemma_qat_kit.units import readable_bytes
-from gemma_qat_kit.widgets import MemoryPanel, OutOfMemoryPanel, memory_panel, out_of_memory_panel
+from gemma_qat_kit.widgets import MemoryPanel, memory_panel
 from gemma_qat_kit.widgets.memory_bars import PART_COLOURS, Bar, axis_end, draw_bar
 
 HERE = Budget("This machine", 0, 0, 8 * 2**30, 2**40)
@@ -30,12 +26,6 @@ def kernel(tmp_path, monkeypatch):
     monkeypatch.setenv("GEMMA_QAT_KIT_HOME", str(tmp_path))
     monkeypatch.setattr(memory_panel, "_kept", memory_panel._Kept())
     monkeypatch.setattr(memory_panel, "this_machine", lambda: HERE)
-
-    def cheaper(plan):
-        shorter = replace(plan.settings, context_length=512)
-        return [("a context of 512 tokens", plan_for(shorter)), ("E2B", plan_for(replace(shorter, size="E2B")))]
-
-    monkeypatch.setattr(MemoryPlan, "cheaper", cheaper, raising=False)
 
 
 def choose(panel, **values):
@@ -170,7 +160,7 @@ def test_memory_that_cannot_be_read_is_said(monkeypatch):
 
 def test_a_kernel_that_ended_while_it_loaded_is_told_of(monkeypatch):
     settings = plan_memory("E4B", "bf16").settings
-    ended = out_of_memory.EndedKernel(settings, 2**34, ())
+    ended = EndedKernel(settings, 2**34, ())
     monkeypatch.setattr(memory_panel, "last_failure", lambda: ended)
     assert "ended while it loaded E4B bf16, which needs 16.0 GiB" in MemoryPanel()._status.value
 
@@ -201,6 +191,26 @@ def test_a_loaded_model_stands_beside_its_plan_with_the_error_of_each_part():
     assert MemoryPanel(model=Loaded()).plan.settings.size == "E2B"
 
 
+def test_what_the_loaded_model_holds_counts_as_free_for_another():
+    panel = MemoryPanel(model=Loaded())
+    assert panel.rooms[0].budget.ram_bytes == HERE.ram_bytes + Loaded().memory().in_place("ram")
+
+
+def test_what_is_not_there_before_the_first_answer_is_no_error():
+    model = Loaded()
+    held = tuple(part for part in model.memory().placed if part.name != KEY_VALUES)
+    model.memory = lambda: MemoryUse(held)
+    panel = MemoryPanel(model=model)
+    assert "Not there before the first answer: key/value cache." in panel._compared.value
+    assert "−100.0%" not in panel._compared.value
+    del model.memory
+    assert panel._again.layout.display == ""
+    click(panel._again)
+    assert "Not there" not in panel._compared.value
+    panel.model = None
+    assert (panel._compared.value, panel._again.layout.display) == ("", "none")
+
+
 def test_a_model_without_a_plan_is_measured_without_breaking_the_panel():
     model = Loaded()
     model.size = "custom"
@@ -222,69 +232,3 @@ def test_a_bar_ends_within_the_axis_and_marks_what_is_beyond_the_limit():
     spare_alone = replace(bar, limit_bytes=7 * 2**29)
     assert "--jp-error-color1" not in draw_bar(spare_alone, 0, 6 * 2**30), "spare pages need no room"
     assert axis_end([]) > 0
-
-
-@pytest.fixture
-def failure():
-    return out_of_memory.explain_oom(MemoryError(), plan_memory("E4B", "q4_0").settings)
-
-
-def test_each_cheaper_setting_is_a_button_that_loads_in_place(failure, monkeypatch):
-    calls, gate = [], threading.Event()
-
-    def load(size, format, *, context_length, text_only, drafter, device, report):
-        calls.append((size, format, context_length, device))
-        report(Progress("downloading", 2**29, 2**30))
-        gate.wait(5)
-        return StandIn(size)
-
-    monkeypatch.setitem(sys.modules, "gemma_qat_kit.load", SimpleNamespace(load=load))
-    shell = SimpleNamespace(user_ns={})
-    monkeypatch.setattr("IPython.get_ipython", lambda: shell)
-    panel = OutOfMemoryPanel(failure, into="model")
-    assert [button.description.split(" (")[0] for button in panel._buttons] == [
-        "Load: a context of 512 tokens", "Load: E2B"]  # fmt: skip
-    click(panel._buttons[0])
-    wait_for(lambda: "512 MiB of 1.00 GiB" in panel._status.value)
-    assert all(button.disabled for button in panel._buttons)
-    click(panel._buttons[1])
-    gate.set()
-    assert panel.wait().name == "E4B"
-    assert calls == [("E4B", "q4_0", 512, "cpu")]
-    wait_for(lambda: "Loaded as `model`" in panel._status.value)
-    assert shell.user_ns["model"] is panel.model
-    first = panel.model
-    click(panel._buttons[1])
-    assert panel.wait().name == "E2B"
-    assert first.is_closed, "it goes before the next one comes"
-
-
-def test_what_load_has_no_argument_for_is_told_but_has_no_button(failure, monkeypatch):
-    monkeypatch.setitem(sys.modules, "gemma_qat_kit.load", SimpleNamespace(load=lambda size, format, *, report: None))
-    panel = OutOfMemoryPanel(failure)
-    assert panel._buttons == []
-    assert "a context of 512 tokens" in panel.children[1].value
-
-
-def test_a_load_that_fails_again_says_so_in_the_panel(failure):
-    error = BadSettingError("<wrong>.", "Allowed.", "Next.")
-
-    def run(settings, *, report):
-        raise error
-
-    panel = OutOfMemoryPanel(failure, run=run)
-    click(panel._buttons[0])
-    with pytest.raises(BadSettingError):
-        panel.wait()
-    wait_for(lambda: "<p>&lt;wrong&gt;.</p>" in panel._status.value)
-    assert panel.model is None
-
-
-def test_without_a_failure_it_looks_for_a_kernel_that_ended(failure, monkeypatch):
-    assert "Nothing ran out" in OutOfMemoryPanel().children[1].value
-    ended = out_of_memory.EndedKernel(failure.settings, 2**34, failure.cheaper)
-    monkeypatch.setattr(out_of_memory_panel, "last_failure", lambda: ended)
-    panel = OutOfMemoryPanel(run=lambda settings, report: settings)
-    assert "The last kernel ended" in panel.children[1].value
-    click(panel._buttons[0])
-    assert panel.wait().context_length == 512

@@ -1,13 +1,9 @@
-"""Out of memory: what is recognised and said, that what failed is really freed, and the note of a kernel that died."""
+"""Out of memory: what is recognised and said, and that what failed is really freed."""
 
-import json
-import os
-import subprocess
 import sys
 import types
-import warnings
 import weakref
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +11,7 @@ import torch
 from gemma_qat_kit import out_of_memory
 from gemma_qat_kit.errors import KitError, NotEnoughMemoryError
 from gemma_qat_kit.memory.plan import MemoryPlan, plan_for, plan_memory
-from gemma_qat_kit.out_of_memory import OutOfMemoryError, explain_oom, free, is_out_of_memory, last_failure
+from gemma_qat_kit.out_of_memory import OutOfMemoryError, explain_oom, free, is_out_of_memory
 
 SETTINGS = plan_memory("E4B", "bf16").settings
 CUDA = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 14.56 GiB, 1.20 GiB are free."
@@ -33,15 +29,13 @@ RAN_OUT = (
 
 
 @pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch):
-    """An empty folder for notes; and cheaper settings that are a shorter context."""
-    monkeypatch.setenv("GEMMA_QAT_KIT_HOME", str(tmp_path / "kit"))
+def cheaper(monkeypatch):
+    """Cheaper settings that are a shorter context."""
 
     def cheaper(plan):
         return [("a context of 512 tokens", plan_for(replace(plan.settings, context_length=512)))]
 
     monkeypatch.setattr(MemoryPlan, "cheaper", cheaper, raising=False)
-    return tmp_path / "kit"
 
 
 class Model:
@@ -72,6 +66,26 @@ def build_with_a_cause(watched, error):
 @pytest.mark.parametrize("error", RAN_OUT, ids=lambda error: type(error).__name__)
 def test_every_way_of_running_out_is_recognised(error):
     assert is_out_of_memory(error)
+
+
+@pytest.mark.parametrize("ask", [lambda: torch.empty(2**55), lambda: bytearray(2**60)], ids=["torch", "python"])
+def test_what_really_says_so_here_is_recognised(ask):
+    with pytest.raises(OutOfMemoryError) as caught, out_of_memory.help(replace(SETTINGS, device="cpu")):
+        ask()
+    assert caught.value.wrong.startswith("E4B bf16 ran out of memory")
+
+
+@pytest.mark.gpu
+def test_what_a_gpu_says_is_recognised_and_its_memory_comes_back():
+    def fill():
+        blocks = []
+        while True:
+            blocks.append(torch.empty(2**30, dtype=torch.uint8, device="cuda"))
+
+    before = torch.cuda.memory_reserved()
+    with pytest.raises(OutOfMemoryError, match=r"GPU memory, asking for 1\.00 GiB"), out_of_memory.help(SETTINGS):
+        fill()
+    assert torch.cuda.memory_reserved() <= before
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shape mismatch"), OSError(2, "No such file"), ValueError(CUDA)])
@@ -195,84 +209,3 @@ def test_a_notebook_shows_the_buttons(monkeypatch):
     failure = explain_oom(MemoryError(), SETTINGS)
     assert failure._render_traceback_() == failure._render_traceback_(), "IPython 9 asks twice"
     assert [len(panel._buttons) for panel in shown] == [1]
-
-
-def test_a_note_lies_there_while_a_model_is_loaded(home):
-    with out_of_memory.note_loading(SETTINGS):
-        (path,) = home.glob("loading-*.json")
-        assert path.name == f"loading-{os.getpid()}.json"
-        assert json.loads(path.read_text())["needed_bytes"] == plan_for(SETTINGS).needed_bytes
-        assert last_failure() is None, "its process lives"
-        assert path.exists()
-    assert list(home.iterdir()) == []
-
-
-def test_the_note_goes_also_when_the_load_fails(home):
-    with pytest.raises(RuntimeError), out_of_memory.note_loading(SETTINGS):
-        raise RuntimeError("x")
-    assert list(home.iterdir()) == []
-
-
-def test_a_folder_that_cannot_be_written_costs_nothing(monkeypatch, tmp_path):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("GEMMA_QAT_KIT_HOME", str(tmp_path / "file"))
-    with out_of_memory.note_loading(SETTINGS):
-        pass
-    assert last_failure() is None
-
-
-def test_a_kernel_that_was_killed_while_it_loaded_is_told_of_once(home):
-    code = (
-        "import dataclasses, os, signal, sys; from gemma_qat_kit import out_of_memory\n"
-        "from gemma_qat_kit.memory.plan import plan_memory\n"
-        "with out_of_memory.note_loading(plan_memory('E4B', 'bf16').settings): os.kill(os.getpid(), signal.SIGKILL)"
-    )
-    assert subprocess.run([sys.executable, "-c", code]).returncode != 0
-    assert len(list(home.iterdir())) == 1
-    needs = out_of_memory.readable_bytes(plan_for(SETTINGS).needed_bytes)
-    said = f"ended while it loaded E4B bf16, which needs {needs}. Cheaper: a context"
-    with pytest.warns(UserWarning, match=said), out_of_memory.note_loading(SETTINGS):
-        pass
-    assert list(home.iterdir()) == []
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        with out_of_memory.note_loading(SETTINGS):
-            pass
-
-
-def write_note(home, **changes):
-    import psutil
-
-    home.mkdir(parents=True, exist_ok=True)
-    me = psutil.Process()
-    note = {"pid": me.pid, "started": me.create_time(), "host": out_of_memory.socket.gethostname(),
-            "needed_bytes": 2**30, "settings": asdict(SETTINGS)} | changes  # fmt: skip
-    path = home / f"loading-{note['pid']}.json"
-    path.write_text(json.dumps(note))
-    return path
-
-
-def test_a_process_number_that_was_given_out_again_is_not_taken_for_the_dead_one(home):
-    path = write_note(home, started=1.0)
-    assert last_failure().settings == SETTINGS
-    assert not path.exists()
-
-
-def test_a_note_of_another_machine_with_the_same_home_is_left_alone(home):
-    path = write_note(home, host="elsewhere", started=1.0)
-    assert last_failure() is None
-    assert path.exists()
-
-
-@pytest.mark.parametrize("text", ["{", "[]", '{"pid": "x"}', '{"pid": 1}'])
-def test_a_note_that_cannot_be_read_is_removed_without_a_word(home, text):
-    home.mkdir()
-    (home / "loading-1.json").write_text(text)
-    assert last_failure() is None
-    assert list(home.iterdir()) == []
-
-
-def test_a_note_of_another_version_of_the_kit_is_removed_without_a_word(home):
-    path = write_note(home, started=1.0, settings={"size": "E9Z", "lora_targets": []})
-    assert last_failure() is None
-    assert not path.exists()

@@ -52,7 +52,9 @@ def this_machine() -> Budget:
 
     here = environment()
     gpu_bytes, num_gpus = (here.gpu.free_bytes, len(here.gpus)) if here.gpu else (0, 0)
-    return Budget("This machine", gpu_bytes, num_gpus, here.ram_available_bytes, here.disk_free_bytes, here.downloaded)
+    return Budget(
+        "This machine, free", gpu_bytes, num_gpus, here.ram_available_bytes, here.disk_free_bytes, here.downloaded
+    )
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,8 @@ def _needs(plan: MemoryPlan, budget: Budget) -> tuple[Need, ...]:
 
 def _disk_needs(plan: MemoryPlan, budget: Budget) -> tuple[Need, ...]:
     """Return what the download takes, where that is known and not there already."""
+    if plan.settings.config is not None:  # a checkpoint that lies on disk
+        return ()
     row = find_checkpoint(plan.settings.size, plan.settings.format)
     is_here = row.repo_id is None or row.repo_id in budget.downloaded
     if is_here or plan.download_bytes is None or budget.disk_bytes is None:

@@ -2,28 +2,27 @@
 
 import threading
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ipywidgets as widgets
 
 from gemma_qat_kit.catalog import BUILT_IN_SIZE, SIZES, catalog, find_checkpoint
 from gemma_qat_kit.errors import KitError
-from gemma_qat_kit.memory.budgets import KNOWN, Room, cached_plan, room, this_machine
+from gemma_qat_kit.loading_note import last_failure
+from gemma_qat_kit.memory.budgets import KNOWN, Budget, Room, cached_plan, room, this_machine
 from gemma_qat_kit.memory.network import find_network
 from gemma_qat_kit.memory.parts import Parts
 from gemma_qat_kit.memory.plan import MemoryPlan
 from gemma_qat_kit.memory.settings import KV_FORMATS, MemorySettings
 from gemma_qat_kit.model import Model
-from gemma_qat_kit.out_of_memory import last_failure
 from gemma_qat_kit.units import readable_bytes
-from gemma_qat_kit.widgets.look import STYLE, error_html, escape, status_html
+from gemma_qat_kit.widgets.look import STYLE, error_html, status_html
 from gemma_qat_kit.widgets.memory_picture import (
     KEY,
     MemoryPicture,
     bars_svg,
-    compared_html,
-    compared_svg,
     figure_html,
+    loaded_html,
     table_html,
 )
 
@@ -92,9 +91,8 @@ class MemoryPanel(widgets.VBox):
 
     @model.setter
     def model(self, model: Model | None) -> None:
-        self._model, self._budgets = model, (this_machine(), *KNOWN)
+        self._model = model
         self.measure()
-        self._choose()
 
     @property
     def plan(self) -> MemoryPlan:
@@ -125,16 +123,18 @@ class MemoryPanel(widgets.VBox):
         return MemoryPicture(bars_svg(rooms), self._figure(rooms))
 
     def measure(self) -> None:
-        """Measure the loaded model again, and show it beside its plan."""
-        self._compared.value = ""
-        if self._model is None:
-            return
-        try:
-            use, plan = self._model.memory(), _plan_of(self._model)
-            title = f"{self._model.name}, loaded here: predicted and measured"
-            self._compared.value = _compared(plan, use, title)
-        except KitError as err:
-            self._compared.value = error_html(err)
+        """Look again at what is free here and at what the loaded model holds."""
+        here, self._compared.value = this_machine(), ""
+        self._again.layout.display = "none" if self._model is None else ""
+        if self._model is not None:
+            try:
+                use = self._model.memory()
+                here = _without(use, here)
+                self._compared.value = loaded_html(_plan_of(self._model), use, self._model.name)
+            except KitError as err:
+                self._compared.value = error_html(err)
+        self._budgets = (here, *KNOWN)
+        self._choose()
 
     def _make_controls(self) -> None:
         wide, named = {"width": "240px", "max_width": "100%"}, {"description_width": "100px"}
@@ -163,6 +163,8 @@ class MemoryPanel(widgets.VBox):
         }
         self._figure_box, self._compared = (widgets.HTML(layout={"width": "auto"}) for _ in range(2))
         self._status = widgets.HTML(layout=widgets.Layout(min_height="62px"))
+        self._again = widgets.Button(description="Measure again", layout={"width": "130px"})
+        self._again.on_click(lambda button: self.measure())
         for name, control in self._controls.items():
             control.add_class(f"gqk-memory-{name.replace('_', '-')}")
             control.observe(lambda change, name=name: self._on_change(name), names="value")
@@ -176,7 +178,9 @@ class MemoryPanel(widgets.VBox):
         shown = {"figure": self._figure_box, "compared": self._compared, "status": self._status}
         for name, box in shown.items():
             box.add_class(f"gqk-memory-{name}")
-        return [widgets.HTML(STYLE), choices, boxes, *sliders, self._status, self._figure_box, self._compared]
+        self._again.add_class("gqk-memory-again")
+        controls = [widgets.HTML(STYLE), choices, boxes, *sliders, self._status]
+        return [*controls, self._figure_box, self._compared, self._again]
 
     def _on_change(self, name: str) -> None:
         if self._is_filling:
@@ -270,7 +274,7 @@ def _plan_of(model: Model) -> MemoryPlan:
     return cached_plan(settings, device)
 
 
-def _compared(plan: Parts, use: Parts, title: str) -> str:
-    head = f'<div class="gqk-text" style="font-weight:600;margin-top:10px">{escape(title)}</div>'
-    note = f"Measured {readable_bytes(use.total_bytes)} in memory, predicted {readable_bytes(plan.total_bytes)}."
-    return head + figure_html(compared_svg(plan, use), compared_html(plan, use), note=note)
+def _without(use: Parts, here: Budget) -> Budget:
+    """Return this machine as it would be without the loaded model; pages of files count as free already."""
+    ram_bytes = here.ram_bytes and here.ram_bytes + use.in_place("ram")
+    return replace(here, ram_bytes=ram_bytes, gpu_bytes=here.gpu_bytes and here.gpu_bytes + use.in_place("gpu"))

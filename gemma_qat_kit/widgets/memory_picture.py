@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from gemma_qat_kit.catalog import PANEL_STYLE
 from gemma_qat_kit.memory.budgets import Budget, Room
-from gemma_qat_kit.memory.parts import PARTS, Parts
+from gemma_qat_kit.memory.parts import ENGINE, PARTS, WEIGHTS, Parts
 from gemma_qat_kit.memory.plan import MemoryPlan
 from gemma_qat_kit.units import readable_bytes
 from gemma_qat_kit.widgets.look import escape
@@ -136,7 +136,19 @@ def table_html(plans: Mapping[str, MemoryPlan]) -> str:
     return _table(["Planned", *heads], body, "".join(_row(label, cells, "gqk-sum") for label, cells in rows))
 
 
-def compared_svg(plan: Parts, use: Parts) -> str:
+def loaded_html(plan: MemoryPlan, use: Parts, name: str) -> str:
+    """Draw what was predicted beside what is measured; what is not there before the first answer is left out."""
+    is_there = {*WEIGHTS, ENGINE, *use.parts}
+    shown = Parts(tuple(part for part in plan.placed if part.name in is_there))
+    head = f'<div class="gqk-text" style="font-weight:600;margin-top:10px">{escape(name)}, loaded here</div>'
+    note = f"Measured {readable_bytes(use.total_bytes)} in memory, predicted {readable_bytes(shown.total_bytes)}."
+    if len(shown.parts) < len(plan.parts):
+        later = ", ".join(name for name in plan.parts if name not in shown.parts)
+        note += f" Not there before the first answer: {later}."
+    return head + figure_html(_compared_svg(shown, use), _compared_html(shown, use), note=note)
+
+
+def _compared_svg(plan: Parts, use: Parts) -> str:
     """Draw what was predicted above what was measured, memory by memory."""
     pairs = [(n, how, parts_in(p, n, with_disk=False)) for n in ("GPU", "RAM")
              for how, p in (("predicted", plan), ("measured", use))]  # fmt: skip
@@ -154,7 +166,7 @@ def compared_svg(plan: Parts, use: Parts) -> str:
     return svg("".join([*drawn, draw_axis(y, end)]), y + 22, words)
 
 
-def compared_html(plan: Parts, use: Parts) -> str:
+def _compared_html(plan: Parts, use: Parts) -> str:
     """Write what was predicted and measured, part by part, and by how much they differ."""
     names = [name for name in PARTS if name in plan.parts or name in use.parts]
     rows = [(_swatch(name), plan.parts.get(name, 0), use.parts.get(name, 0)) for name in names]

@@ -10,9 +10,10 @@ from dataclasses import fields
 import ipywidgets as widgets
 
 from gemma_qat_kit.errors import KitError
+from gemma_qat_kit.loading_note import EndedKernel, last_failure
 from gemma_qat_kit.memory.plan import MemoryPlan
 from gemma_qat_kit.memory.settings import MemorySettings
-from gemma_qat_kit.out_of_memory import MOST_OFFERS, EndedKernel, OutOfMemoryError, last_failure
+from gemma_qat_kit.out_of_memory import MOST_OFFERS, OutOfMemoryError
 from gemma_qat_kit.progress import Progress
 from gemma_qat_kit.units import readable_bytes
 from gemma_qat_kit.widgets import pump
@@ -23,7 +24,7 @@ class OutOfMemoryPanel(widgets.VBox):
     """Say why memory ran out, and load with less at the press of a button.
 
     Args:
-        failure: The error, or what `out_of_memory.last_failure` found; None looks for a kernel that ended last time.
+        failure: The error, or what `loading_note.last_failure` found; None looks for a kernel that ended last time.
         into: Name of the notebook's variable that the loaded model is bound to; None binds none.
         run: What a button calls with its settings and `report`; None calls `load`.
 
