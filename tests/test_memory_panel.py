@@ -51,6 +51,7 @@ def test_every_published_format_is_planned_and_every_other_says_why(size, format
     if rows[0].is_available:
         assert panel.plan.parts == plan_memory(size, format).parts
         assert readable_bytes(panel.plan.total_bytes) in panel.picture()._repr_html_()
+        assert {*panel.plan.parts} <= {*headings(panel)}, "the picture alone names every colour"
         ElementTree.fromstring(panel.picture()._repr_svg_())
     else:
         assert isinstance(panel.error, NotPublishedError)

@@ -120,7 +120,7 @@ class MemoryPanel(widgets.VBox):
             KitError: As for `plan`.
         """
         rooms = self.rooms
-        return MemoryPicture(bars_svg(rooms), self._figure(rooms))
+        return MemoryPicture(bars_svg(rooms, with_legend=True), self._figure(rooms))
 
     def measure(self) -> None:
         """Look again at what is free here and at what the loaded model holds."""

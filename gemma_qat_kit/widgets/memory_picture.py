@@ -71,8 +71,13 @@ class MemoryPicture:
         return "<MemoryPicture: bars as .svg, with their numbers as .html>"
 
 
-def bars_svg(rooms: Iterable[Room]) -> str:
-    """Draw one row per machine: its name, whether it fits, and a bar per memory with the limit marked."""
+def bars_svg(rooms: Iterable[Room], *, with_legend: bool = False) -> str:
+    """Draw one row per machine: its name, whether it fits, and a bar per memory with the limit marked.
+
+    Args:
+        rooms: Whether the plan fits, machine by machine.
+        with_legend: Name the colours below, for a picture that stands without its table.
+    """
     rooms = tuple(rooms)
     rows = [_bars(found) for found in rooms]
     end = axis_end(bar for row in rows for bar in row)
@@ -85,7 +90,14 @@ def bars_svg(rooms: Iterable[Room]) -> str:
             y += bar.height + 4
         y += 9
     words = "; ".join(f"{found.budget.name}: {found.words}" for found in rooms)
-    return svg("".join([*drawn, draw_axis(y, end)]), y + 22, f"Memory by machine. {words}")
+    drawn.append(draw_axis(y, end))
+    names = [name for name in PARTS if any(part.name == name for found in rooms for part in found.plan.placed)]
+    height = y + 22
+    for i, name in enumerate(names if with_legend else ()):
+        x, height = WIDTH / 2 * (i % 2), y + 42 + 16 * (i // 2)
+        drawn.append(f'<rect x="{x}" y="{height - 12}" width="9" height="9" fill="{PART_COLOURS[name]}"/>')
+        drawn.append(text(x + 14, height - 4, name, size=11))
+    return svg("".join(drawn), height, f"Memory by machine. {words}")
 
 
 def _bars(found: Room) -> tuple[Bar, ...]:
