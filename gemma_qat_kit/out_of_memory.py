@@ -23,7 +23,7 @@ _SIGNS = re.compile(
     r"|std::bad_alloc|failed to allocate|cudaErrorMemoryAllocation",
     re.IGNORECASE,
 )
-_ASKED = re.compile(r"tried to allocate ([\d.]+ ?(?:[KMGT]i?B|bytes))", re.IGNORECASE)
+_ASKED = re.compile(r"tried to allocate ([\d.]+) ?([KMGT]iB|bytes)", re.IGNORECASE)
 _LAST = ("last_exc", "last_value", "last_traceback", "last_type")
 
 
@@ -102,7 +102,9 @@ def _what_happened(error: BaseException, settings: MemorySettings) -> str:
         return error.wrong
     asked = _ASKED.search(str(error))
     memory = "GPU memory" if settings.device == "cuda" else "memory"
-    words = f", asking for {asked[1]} more" if asked else ""
+    number, unit = asked.groups() if asked else ("", "")
+    amount = readable_bytes(int(number)) if unit == "bytes" and number.isdecimal() else f"{number} {unit}"
+    words = f", asking for {amount} more" if asked else ""
     return f"{settings.size} {settings.format} ran out of {memory}{words}."
 
 
