@@ -1,18 +1,18 @@
 """What a model will take in memory, added up from its tensor list before a download: no torch, no network."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-from gemma_qat_kit.architectures import hf_config
 from gemma_qat_kit.catalog import BUILT_IN_SIZE, find_checkpoint
+from gemma_qat_kit.errors import BadSettingError
 from gemma_qat_kit.memory.key_values import kv_cache_bytes
+from gemma_qat_kit.memory.network import find_network
 from gemma_qat_kit.memory.parts import KEY_VALUES, Part, Parts, describe_parts, merged
-from gemma_qat_kit.memory.settings import KV_FORMATS, MemorySettings, check_context_length
-from gemma_qat_kit.memory.weights import weight_parts
+from gemma_qat_kit.memory.settings import KV_FORMATS, MemorySettings, check_context_length, check_count
+from gemma_qat_kit.memory.training import trained_weights, training_parts
+from gemma_qat_kit.memory.weights import device_place, weight_parts
 from gemma_qat_kit.memory.work import chat_parts, engine_parts
 
-BUILT_IN_CONTEXT = 8192
-_BUILT_IN_KV_VALUES = 30 * 3 * 64 * 2  # layers * key/value heads * head_dim * (keys, values)
+_TRAINABLE = ("bf16", "q4_0-unquantized", "float32")
 
 
 @dataclass(frozen=True, repr=False)
@@ -62,44 +62,52 @@ def plan_memory(size: str, format: str | None = None, *, device: str | None = No
 
 def plan_for(settings: MemorySettings) -> MemoryPlan:
     """Predict the memory for settings that are written out; see `plan_memory`."""
-    row = find_checkpoint(settings.size, settings.format)
-    _check(settings)
-    parts = merged(_parts(settings))
-    return MemoryPlan(parts, settings, row.weights_bytes, _load_peak(settings))
+    check_possible(settings)
+    row = None if settings.config else find_checkpoint(settings.size, settings.format)
+    weights, engine = weight_parts(settings), engine_parts(settings)
+    if settings.task == "chat":
+        work = [Part(KEY_VALUES, _kv_bytes(settings), device_place(settings)), *chat_parts(settings)]
+    else:
+        work = [*trained_weights(settings), *training_parts(settings)]
+    load_peak = Parts(merged([*weights, *engine])).total_bytes
+    return MemoryPlan(merged([*weights, *engine, *work]), settings, row and row.weights_bytes, load_peak)
 
 
-def _parts(settings: MemorySettings) -> Iterator[Part]:
-    yield from weight_parts(settings)
-    yield from engine_parts(settings)
-    yield Part(KEY_VALUES, _kv_bytes(settings), "gpu" if settings.device == "cuda" else "ram")
-    yield from chat_parts(settings)
+def check_possible(settings: MemorySettings) -> None:
+    """Refuse what a model or its engine cannot do.
 
-
-def longest_context(settings: MemorySettings) -> int:
-    """Return the most tokens that a model takes."""
-    if settings.size == BUILT_IN_SIZE:
-        return BUILT_IN_CONTEXT
-    return hf_config(settings.size)["text_config"]["max_position_embeddings"]
-
-
-def _check(settings: MemorySettings) -> None:
-    """Refuse what a model or engine cannot do."""
-    check_context_length(settings.context_length, longest_context(settings))
+    Raises:
+        BadSettingError: The message says which settings exclude each other, or what the model's limit is.
+    """
+    longest = find_network(settings).longest_context
+    check_context_length(settings.context_length, longest)
+    check_count("sequence_length", settings.sequence_length, longest, "This model takes a number of tokens")
+    if settings.task != "chat" and settings.engine != "transformers":
+        raise BadSettingError(
+            f"{settings.size} {settings.format} cannot be trained: it runs in {settings.engine}.",
+            "Training needs a format that runs in transformers.",
+            'Plan it with "q4_0-unquantized", the same weights before they are packed, or with "float32".',
+        )
+    if settings.task == "qat" and settings.format not in _TRAINABLE:
+        raise BadSettingError(
+            f"{settings.format} weights cannot be trained: they are packed.",
+            f"QAT starts from {', '.join(_TRAINABLE)}.",
+            'Take "q4_0-unquantized", or task="finetune", which trains adapters beside them.',
+        )
+    if settings.kv_format != "bf16" and settings.engine != "llama_cpp":
+        raise BadSettingError(
+            f"{settings.engine} has no key/value cache in {settings.kv_format}.",
+            "llama.cpp has one, for q4_0.",
+            'Leave kv_format="bf16", or take the format q4_0.',
+        )
 
 
 def _kv_bytes(settings: MemorySettings) -> int:
-    if settings.size == BUILT_IN_SIZE:
-        bytes_per_value = 4 if settings.format == "float32" else KV_FORMATS[settings.kv_format]
-        return round(_BUILT_IN_KV_VALUES * bytes_per_value * settings.context_length) * settings.batch_size
+    is_float32 = settings.format == "float32"
     return kv_cache_bytes(
-        hf_config(settings.size)["text_config"],
+        find_network(settings),
         settings.context_length,
         engine=settings.engine,
-        bytes_per_value=KV_FORMATS[settings.kv_format],
+        bytes_per_value=4 if is_float32 else KV_FORMATS[settings.kv_format],
         batch_size=settings.batch_size,
     )
-
-
-def _load_peak(settings: MemorySettings) -> int:
-    """Return the most memory at once while the weights are read."""
-    return sum(part.nbytes for part in (*weight_parts(settings), *engine_parts(settings)) if part.place != "disk")

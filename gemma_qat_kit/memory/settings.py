@@ -1,7 +1,7 @@
 """The settings that a memory plan depends on, checked, with the nearest right value in every error."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral
 
 from gemma_qat_kit.errors import BadSettingError, unknown_name
@@ -34,6 +34,7 @@ class MemorySettings:
         lora_rank: Of the adapters, for "finetune".
         lora_targets: Names of the linears that get one.
         optimizer: One of `OPTIMIZERS`.
+        gradient_accumulation: Batches whose gradients are added up before a step; from 2 on they stay all the time.
         gradient_checkpointing: Keep one hidden state per layer and compute the rest again.
         logits_chunk_length: Tokens whose logits are computed at once in training; None takes all of the batch.
         kv_format: One of `KV_FORMATS`.
@@ -41,6 +42,7 @@ class MemorySettings:
         per_layer_table: Where the per-layer embeddings of E2B and E4B lie: left on "disk" and looked up row by row,
             copied to the RAM of the "cpu", or in the "memory" of the device with everything else.
         drafter: With the MTP drafter.
+        config: config.json's content of a Gemma 4 checkpoint that is not in the catalog; `size` is then only its name.
     """
 
     size: str
@@ -54,19 +56,21 @@ class MemorySettings:
     lora_rank: int = 8
     lora_targets: tuple[str, ...] = LORA_TARGETS
     optimizer: str = "adamw"
+    gradient_accumulation: int = 1
     gradient_checkpointing: bool = True
     logits_chunk_length: int | None = 256
     kv_format: str = "bf16"
     text_only: bool = True
     per_layer_table: str = "disk"
     drafter: bool = False
+    config: dict | None = field(default=None, repr=False, hash=False)
 
     def __post_init__(self):
         names = {"task": TASKS, "optimizer": OPTIMIZERS, "kv_format": KV_FORMATS, "per_layer_table": TABLE_PLACES,
                  "device": DEVICES, "engine": ENGINES}  # fmt: skip
         for name, known in names.items():
             check_name(name, getattr(self, name), known)
-        for name, largest in (("batch_size", 4096), ("lora_rank", 4096)):
+        for name, largest in (("batch_size", 4096), ("lora_rank", 4096), ("gradient_accumulation", 2**20)):
             check_count(name, getattr(self, name), largest)
         if self.logits_chunk_length is not None:
             check_count("logits_chunk_length", self.logits_chunk_length, 2**20)

@@ -1,7 +1,9 @@
 """The bytes of a checkpoint's tensors by component, and where an engine keeps them."""
 
+import functools
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from gemma_qat_kit.architectures import drafter_config, hf_config
 from gemma_qat_kit.catalog import BUILT_IN_SIZE, find_checkpoint
@@ -27,22 +29,51 @@ def weight_parts(settings: MemorySettings) -> tuple[Part, ...]:
     """Return a checkpoint's weights once it is loaded and has run."""
     if settings.size == BUILT_IN_SIZE:
         return _built_in(settings)
-    config = hf_config(settings.size, settings.format if settings.format == "mobile" else "bf16")
-    parts = [part for tensor in _in_memory(config, settings.format) for part in _placed(tensor, settings)]
+    if settings.config:
+        sums = _add_up(_in_memory(settings.config, settings.format), settings.format)
+    else:
+        sums = _sums_of_size(settings.size, settings.format, settings.text_only)
+    parts = [part for total in sums for part in _placed(total, settings)]
     if settings.drafter:
         drafter = drafter_tensors(drafter_config(settings.size))
-        parts.append(Part(DRAFTER, sum(t.nbytes for t in drafter), _device_place(settings)))
+        parts.append(Part(DRAFTER, sum(t.nbytes for t in drafter), device_place(settings)))
     return merged(part for part in parts if not (settings.text_only and part.name in (VISION, AUDIO)))
+
+
+@dataclass(frozen=True)
+class _Sum:
+    """Bytes of a component's tensors that an engine treats alike."""
+
+    name: str
+    nbytes: int
+    dtype: str
+    is_token_table: bool
+
+
+@functools.cache
+def _sums_of_size(size: str, format: str, text_only: bool) -> tuple[_Sum, ...]:
+    config = hf_config(size, format if format == "mobile" else "bf16")
+    if text_only:  # half of the tensors are the towers'
+        config = config | {"vision_config": None, "audio_config": None}
+    return _add_up(_in_memory(config, format), format)
+
+
+def _add_up(tensors: Iterator[Tensor], format: str) -> tuple[_Sum, ...]:
+    sums: dict[tuple[str, str, bool], int] = {}
+    for tensor in tensors:
+        key = part_of(tensor.name), tensor.dtype, tensor.name == "token_embd.weight"
+        sums[key] = sums.get(key, 0) + _nbytes(tensor, format)
+    return tuple(_Sum(name, nbytes, dtype, is_table) for (name, dtype, is_table), nbytes in sums.items())
 
 
 def _built_in(settings: MemorySettings) -> tuple[Part, ...]:
     if settings.format == "float32":
-        return (Part(TEXT_LAYERS, 4 * BUILT_IN_PARAMETERS, _device_place(settings)),)
+        return (Part(TEXT_LAYERS, 4 * BUILT_IN_PARAMETERS, device_place(settings)),)
     place = "gpu" if settings.device == "cuda" else "mapped"
     return (Part(TEXT_LAYERS, find_checkpoint(BUILT_IN_SIZE).weights_bytes, place),)
 
 
-def _device_place(settings: MemorySettings) -> str:
+def device_place(settings: MemorySettings) -> str:
     """Return where whatever an engine makes itself lies."""
     return "gpu" if settings.device == "cuda" else "ram"
 
@@ -64,32 +95,33 @@ def _is_shared_kv(name: str, used: set[str]) -> bool:
     return module.endswith((".k_proj", ".v_proj")) and module + ".weight" not in used
 
 
-def _placed(tensor: Tensor, settings: MemorySettings) -> Iterator[Part]:
-    """Yield the part or parts of a plan that a tensor is."""
-    name, nbytes = part_of(tensor.name), _nbytes(tensor, settings.format)
+def _placed(total: _Sum, settings: MemorySettings) -> Iterator[Part]:
+    """Yield the part or parts of a plan that some tensors are."""
+    name, nbytes = total.name, total.nbytes
     if settings.engine == "llama_cpp":
-        yield from _placed_by_llama_cpp(name, tensor, settings)
+        yield from _placed_by_llama_cpp(total, settings)
     elif name == TABLE and settings.per_layer_table != "memory":
         yield Part(name, nbytes, "disk" if settings.per_layer_table == "disk" else "ram")
     elif settings.device == "cuda":
         yield Part(name, nbytes, "gpu")
     else:
-        yield Part(name, nbytes, "mapped" if settings.format in _AS_STORED and name != TABLE else "ram")
+        is_in_place = settings.format in _AS_STORED and name != TABLE
+        yield Part(name, nbytes, "mapped" if is_in_place else "ram")
 
 
-def _placed_by_llama_cpp(name: str, tensor: Tensor, settings: MemorySettings) -> Iterator[Part]:
-    """Yield where llama.cpp keeps a tensor of a GGUF: the whole file is read; on a CPU, Q4_0 matrices are copied."""
+def _placed_by_llama_cpp(total: _Sum, settings: MemorySettings) -> Iterator[Part]:
+    """Yield where llama.cpp keeps tensors of a GGUF: the whole file is read; on a CPU, Q4_0 matrices are copied."""
+    name, nbytes = total.name, total.nbytes
     if settings.device == "cuda":
-        is_read_on_cpu = name == TABLE or tensor.name == "token_embd.weight"  # rows are looked up there
         if name != TABLE:
-            yield Part(name, tensor.nbytes, "gpu")
-        if is_read_on_cpu:
-            yield Part(name, tensor.nbytes, "mapped", is_spare=True)
+            yield Part(name, nbytes, "gpu")
+        if name == TABLE or total.is_token_table:  # rows are looked up on the CPU
+            yield Part(name, nbytes, "mapped", is_spare=True)
         return
-    is_repacked = tensor.dtype == "Q4_0"
-    yield Part(name, tensor.nbytes, "mapped", is_spare=is_repacked or name == TABLE)
+    is_repacked = total.dtype == "Q4_0"
+    yield Part(name, nbytes, "mapped", is_spare=is_repacked or name == TABLE)
     if is_repacked:
-        yield Part(REPACKED, tensor.nbytes, "ram")
+        yield Part(REPACKED, nbytes, "ram")
 
 
 def _nbytes(tensor: Tensor, format: str) -> int:

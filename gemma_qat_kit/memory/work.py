@@ -4,15 +4,11 @@ Widths and counts come from the config. The few constants are measured (`bench/m
 miss by) and named for what they stand for.
 """
 
-import math
-
-from gemma_qat_kit.architectures import hf_config
-from gemma_qat_kit.catalog import BUILT_IN_SIZE
-from gemma_qat_kit.layouts import head_shape
 from gemma_qat_kit.memory.key_values import LLAMA_CPP_BATCH, kv_cache_bytes
+from gemma_qat_kit.memory.network import Network, find_network
 from gemma_qat_kit.memory.parts import ACTIVATIONS, ENGINE, LOGITS, Part
 from gemma_qat_kit.memory.settings import MemorySettings
-from gemma_qat_kit.parameters import layer_geometry
+from gemma_qat_kit.memory.training import FLOAT32, compute_bytes
 
 MIB = 2**20
 PREFILL_CHUNK = 512  # tokens of a prompt that transformers computes at once
@@ -39,60 +35,40 @@ def engine_parts(settings: MemorySettings) -> list[Part]:
 
 def chat_parts(settings: MemorySettings) -> list[Part]:
     """Return activations and logits at the peak of an answer: the last chunk of the longest prompt."""
-    place = "gpu" if settings.device == "cuda" else "ram"
-    if settings.size == BUILT_IN_SIZE:
-        return [Part(ACTIVATIONS, _built_in_activations(settings), place)]
-    config = hf_config(settings.size)
-    vocab = head_shape(config)[0]
+    place, network = "gpu" if settings.device == "cuda" else "ram", find_network(settings)
     if settings.engine == "llama_cpp":
-        return [Part(ACTIVATIONS, llama_cpp_compute_bytes(config["text_config"], settings.context_length), place),
-                Part(LOGITS, 4 * vocab * settings.batch_size, "ram")]  # fmt: skip
-    activations = prefill_bytes(config["text_config"], settings.context_length) * settings.batch_size
+        return [Part(ACTIVATIONS, llama_cpp_compute_bytes(network), place),
+                Part(LOGITS, 4 * network.vocab * settings.batch_size, "ram")]  # fmt: skip
+    activations = prefill_bytes(network, settings) * settings.batch_size
     if settings.format == "mobile":
         activations += _UNPACKING_BYTES * UNPACK_CHUNK
     if settings.device == "cpu":
         activations = round(activations * _MALLOC_SLACK)
     # The last token's logits in 16 bits, in float32, and capped; sampling sorts and copies them.
-    return [Part(ACTIVATIONS, activations, place), Part(LOGITS, 24 * vocab * settings.batch_size, place)]
+    return [Part(ACTIVATIONS, activations, place), Part(LOGITS, 24 * network.vocab * settings.batch_size, place)]
 
 
-def prefill_bytes(text: dict, context_length: int) -> int:
+def prefill_bytes(network: Network, settings: MemorySettings) -> int:
     """Return the bytes of the tensors that live at once while transformers computes one chunk of a prompt."""
-    chunk = min(PREFILL_CHUNK, context_length)
-    layers = range(text["num_hidden_layers"])
-    mlp = max(layer_geometry(text, index)[2] for index in layers)
-    per_layer = len(layers) * text["hidden_size_per_layer_input"]
-    experts = _expert_values(text)
-    values = 3 * mlp + experts + 2 * per_layer + 6 * text["hidden_size"]
-    masks = chunk * context_length + chunk * min(context_length, text["sliding_window"] + chunk)
-    return 2 * chunk * values + masks + _growing_cache(text, context_length, chunk)
+    length = settings.context_length
+    chunk, value = min(PREFILL_CHUNK, length), compute_bytes(settings)
+    widest = max(3 * layer.mlp + 3 * layer.experts + 2 * layer.num_experts * network.hidden for layer in network.layers)
+    values = widest + 2 * len(network.layers) * network.per_layer + 6 * network.hidden
+    masks = chunk * length + chunk * min(length, network.window + chunk)
+    return value * chunk * values + masks + _growing_cache(network, length, chunk, value)
 
 
-def _expert_values(text: dict) -> int:
-    """Return the values per token of a mixture of experts: gate and up, product and result of each expert picked."""
-    if not text["enable_moe_block"]:
-        return 0
-    return text["top_k_experts"] * (3 * text["moe_intermediate_size"] + 2 * text["hidden_size"])
-
-
-def _growing_cache(text: dict, context_length: int, chunk: int) -> int:
+def _growing_cache(network: Network, length: int, chunk: int, value: int) -> int:
     """Return what the cache takes for a moment beyond itself: a full layer's old and new keys and values together,
     and each sliding layer's chunk, which stays until the next one."""
-    head_dim, kv_heads, _, _ = layer_geometry(text, text["layer_types"].index("full_attention"))
-    longer = kv_cache_bytes(text, min(context_length, chunk + text["sliding_window"]))
-    sliding_cap = kv_cache_bytes(text, min(context_length, text["sliding_window"]))
-    return 2 * kv_heads * head_dim * 2 * context_length + longer - sliding_cap
+    full = max(layer.key for layer in network.layers if layer.is_full)
+    caps = (min(length, network.window + more) for more in (chunk, 0))
+    with_chunk, without = (kv_cache_bytes(network, cap, bytes_per_value=value) for cap in caps)
+    return 2 * full * value * length + with_chunk - without
 
 
-def llama_cpp_compute_bytes(text: dict, context_length: int) -> int:
+def llama_cpp_compute_bytes(network: Network) -> int:
     """Return the bytes of llama.cpp's compute buffer, for a batch of 512 tokens in float32."""
-    layers = range(text["num_hidden_layers"])
-    mlp = max(layer_geometry(text, index)[2] for index in layers)
-    per_layer = len(layers) * text["hidden_size_per_layer_input"]
-    return 4 * LLAMA_CPP_BATCH * (2 * mlp + 2 * per_layer + 4 * text["hidden_size"])
-
-
-def _built_in_activations(settings: MemorySettings) -> int:
-    if settings.engine == "llama_cpp":
-        return 100 * MIB
-    return 4 * math.prod((min(PREFILL_CHUNK, settings.context_length), 3 * 1536 + 6 * 576)) + 64 * MIB
+    mlp = max(layer.mlp for layer in network.layers)
+    per_layer = len(network.layers) * network.per_layer
+    return FLOAT32 * LLAMA_CPP_BATCH * (2 * mlp + 2 * per_layer + 4 * network.hidden)

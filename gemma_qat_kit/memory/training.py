@@ -1,0 +1,109 @@
+"""What training takes beside the weights: gradients, optimizer, adapters, and what the backward pass needs kept.
+
+The counts are those of transformers' layers under torch's autograd: a linear keeps its input where its weight is
+trained, a norm its input and its result in float32, attention its queries, keys, values and output.
+"""
+
+from gemma_qat_kit.memory.network import Layer, Network, find_network
+from gemma_qat_kit.memory.parts import ACTIVATIONS, ADAPTERS, GRADIENTS, LOGITS, OPTIMIZER, TEXT_LAYERS, Part
+from gemma_qat_kit.memory.settings import OPTIMIZERS, MemorySettings
+
+_LOSS_BYTES = 12  # per logit: in float32 itself, its log-probability and its gradient
+FLOAT32 = 4
+
+
+def training_parts(settings: MemorySettings) -> list[Part]:
+    """Return adapters, gradients, optimizer, activations and logits at the peak of a training step."""
+    place = "gpu" if settings.device == "cuda" else "ram"
+    network, num_tokens = find_network(settings), settings.batch_size * settings.sequence_length
+    trained, adapters = num_trained(settings), settings.task == "finetune"
+    chunk = min(num_tokens, settings.logits_chunk_length or num_tokens)
+    parts = {
+        ADAPTERS: FLOAT32 * trained if adapters else 0,
+        OPTIMIZER: OPTIMIZERS[settings.optimizer] * trained,
+        GRADIENTS: FLOAT32 * trained,
+        ACTIVATIONS: kept_bytes(network, settings),
+        LOGITS: _LOSS_BYTES * network.vocab * chunk,
+    }
+    if settings.gradient_accumulation == 1:
+        _leave_out_what_never_meets(parts, network, settings)
+    return [Part(name, nbytes, place) for name, nbytes in parts.items()]
+
+
+def _leave_out_what_never_meets(parts: dict[str, int], network: Network, settings: MemorySettings) -> None:
+    """Keep the larger of two moments: the end of the forward pass, before there are gradients, or of the backward
+    pass, when all are there and the activations of one layer."""
+    one_layer = max(layer_bytes(network, layer, settings) for layer in network.layers)
+    if parts[ACTIVATIONS] + parts[LOGITS] > parts[GRADIENTS] + one_layer:
+        parts[GRADIENTS] = 0
+    else:
+        parts[ACTIVATIONS], parts[LOGITS] = one_layer, 0
+
+
+def num_trained(settings: MemorySettings) -> int:
+    """Return how many values are trained: those of the adapters, or every matrix of the text layers."""
+    network = find_network(settings)
+    shapes = [
+        shape
+        for layer in network.layers
+        for name, shape in linears(network, layer).items()
+        if settings.task == "qat" or name in settings.lora_targets
+    ]
+    if settings.task == "qat":
+        return sum(out * into for out, into in shapes)
+    return sum(settings.lora_rank * (out + into) for out, into in shapes)
+
+
+def linears(network: Network, layer: Layer) -> dict[str, tuple[int, int]]:
+    """Return the (out, in) shapes of a layer's linears by name; experts and per-layer gates are not among them."""
+    shapes = {"q_proj": (layer.query, network.hidden), "o_proj": (network.hidden, layer.query)}
+    if not layer.is_shared:
+        shapes["k_proj"] = (layer.key, network.hidden)
+        if layer.has_values:
+            shapes["v_proj"] = (layer.key, network.hidden)
+    shapes |= dict.fromkeys(("gate_proj", "up_proj"), (layer.mlp, network.hidden))
+    return shapes | {"down_proj": (network.hidden, layer.mlp)}
+
+
+def kept_bytes(network: Network, settings: MemorySettings) -> int:
+    """Return the bytes that the forward pass keeps for the backward pass."""
+    num_tokens = settings.batch_size * settings.sequence_length
+    value = compute_bytes(settings)
+    per_layer = network.per_layer * len(network.layers) * (2 * FLOAT32 + 2 * value) * num_tokens
+    layers = [layer_bytes(network, layer, settings) for layer in network.layers]
+    if settings.gradient_checkpointing:
+        return per_layer + len(layers) * network.hidden * value * num_tokens + max(layers)
+    return per_layer + sum(layers)
+
+
+def layer_bytes(network: Network, layer: Layer, settings: MemorySettings) -> int:
+    """Return the bytes that one layer keeps when all of it is computed."""
+    value, length = compute_bytes(settings), settings.sequence_length
+    num_norms = 5 if network.per_layer else 4 if network.is_gemma else 2
+    norms = FLOAT32 * 2 * network.hidden * num_norms
+    inputs = value * network.hidden * 2
+    mlp = value * 4 * (layer.mlp + layer.experts) + value * 2 * layer.num_experts * network.hidden
+    attention = value * (3 * layer.query + 2 * layer.key)
+    if network.is_gemma:
+        attention += FLOAT32 * (2 * layer.query + 4 * layer.key)
+    mask = value * length if network.is_gemma else 0
+    total = (norms + inputs + mlp + attention + mask) * settings.batch_size * length
+    return total + (_fake_quantized_bytes(network, layer) if settings.task == "qat" else 0)
+
+
+def _fake_quantized_bytes(network: Network, layer: Layer) -> int:
+    """Return the bytes of a layer's weights as the grid has them, which the backward pass multiplies with."""
+    return FLOAT32 * sum(out * into for out, into in linears(network, layer).values())
+
+
+def compute_bytes(settings: MemorySettings) -> int:
+    """Return the bytes of a value in the computation: float32 where weights are trained in it, else 16 bits."""
+    return FLOAT32 if settings.task == "qat" or settings.format == "float32" else 2
+
+
+def trained_weights(settings: MemorySettings) -> list[Part]:
+    """Return what the text layers' matrices take beyond their 16-bit file once they are trained in float32."""
+    if settings.task != "qat" or settings.format == "float32":
+        return []
+    place = "gpu" if settings.device == "cuda" else "ram"
+    return [Part(TEXT_LAYERS, FLOAT32 * num_trained(settings), place)]
