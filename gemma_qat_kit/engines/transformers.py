@@ -32,6 +32,7 @@ class TransformersEngine:
         text_only: Leave the vision and audio towers unread.
         drafter: Folder of the MTP drafter to generate with, or None.
         device: "auto", "cpu", "cuda" or "cuda:1".
+        per_layer_table: Where the per-layer embeddings of E2B and E4B lie; see `load`.
         report: Told how much of the weights is loaded.
         weight_bytes: Bytes of the weights to load, to scale the report with.
 
@@ -51,6 +52,7 @@ class TransformersEngine:
         text_only: bool = True,
         drafter: Path | None = None,
         device: str = "auto",
+        per_layer_table: str = "disk",
         report: Report | None = None,
         weight_bytes: int | None = None,
     ):
@@ -72,7 +74,12 @@ class TransformersEngine:
             else:
                 config = load_config(folder, text_only)
                 check_context_length(context_length, config.get_text_config().max_position_embeddings)
-                self.model = _load_model(folder, config, self.dtype, self.device, _quantization(format, self.dtype))
+                with _table_in(per_layer_table, folder, self.device):
+                    self.model = _load_model(folder, config, self.dtype, self.device, _quantization(format, self.dtype))
+                if format == "mobile":
+                    from gemma_qat_kit.engines.transformers_mobile import unpack_in_chunks
+
+                    unpack_in_chunks(self.model)
                 self.drafter = _load_drafter(drafter, self.dtype, self.device) if drafter else None
                 self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.processor = self.tokenizer if text_only else _load_processor(folder)
@@ -204,6 +211,21 @@ def _load_model(folder: Path, config, dtype, device, quantization):
         missing = sorted(info["missing_keys"])
         raise _wrong_tensors(folder, f"{len(missing)} are missing, the first is {missing[0]}")
     return model.eval()
+
+
+@contextmanager
+def _table_in(place: str, folder: Path, device) -> Iterator[None]:
+    """Keep the per-layer embeddings of a model that is loaded meanwhile on "disk" or in RAM ("cpu")."""
+    if place == "memory" and device.type != "cpu":
+        yield
+        return
+    from gemma_qat_kit.engines.transformers_table import left_out, stored_table
+
+    with left_out() as tables:
+        yield
+    for table in tables:
+        if not table.fill(stored_table(folder, is_copied=place != "disk")):
+            raise _wrong_tensors(folder, "the per-layer embeddings are missing, or have other shapes")
 
 
 def _wrong_tensors(folder: Path, what: str) -> BrokenCheckpointError:
