@@ -68,8 +68,9 @@ class Parts:
         return sum(part.nbytes for part in self.placed if part.place != "disk" and not part.is_spare)
 
     def largest(self) -> Part:
-        """Return the largest part that is in memory."""
-        return max((part for part in self.placed if part.place != "disk"), key=lambda part: part.nbytes)
+        """Return the largest part that has to be in memory."""
+        needed = (part for part in self.placed if part.place != "disk" and not part.is_spare)
+        return max(needed, key=lambda part: part.nbytes)
 
 
 def describe_parts(parts: Parts, how: str) -> str:

@@ -1,9 +1,13 @@
 """What a model will take in memory, added up from its tensor list before a download: no torch, no network."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 from gemma_qat_kit.catalog import BUILT_IN_SIZE, find_checkpoint
-from gemma_qat_kit.errors import BadSettingError
+from gemma_qat_kit.errors import BadSettingError, KitError
+from gemma_qat_kit.memory.advice import cheaper_settings
 from gemma_qat_kit.memory.key_values import kv_cache_bytes
 from gemma_qat_kit.memory.network import find_network
 from gemma_qat_kit.memory.parts import KEY_VALUES, Part, Parts, describe_parts, merged
@@ -13,6 +17,13 @@ from gemma_qat_kit.memory.weights import device_place, weight_parts
 from gemma_qat_kit.memory.work import chat_parts, engine_parts
 
 _TRAINABLE = ("bf16", "q4_0-unquantized", "float32")
+
+
+class Memory(Protocol):
+    """A machine's memory in bytes; None where nobody knows."""
+
+    gpu_bytes: int | None
+    ram_bytes: int | None
 
 
 @dataclass(frozen=True, repr=False)
@@ -34,9 +45,54 @@ class MemoryPlan(Parts):
 
     __repr__ = __str__
 
-    def fits(self, available_bytes: int) -> bool:
-        """Tell whether it runs in so many bytes."""
-        return self.needed_bytes <= available_bytes
+    @property
+    def needed(self) -> dict[str, int]:
+        """Bytes that have to be there: in "gpu" memory, and in "ram", private or pages of the file."""
+        parts = [part for part in self.placed if not part.is_spare]
+        places = {"gpu": ("gpu",), "ram": ("ram", "mapped")}
+        return {name: sum(p.nbytes for p in parts if p.place in those) for name, those in places.items()}
+
+    def fits(self, budget: "int | Memory") -> bool:
+        """Tell whether it runs in a budget.
+
+        Args:
+            budget: Bytes of the memory of its device, or a machine with `gpu_bytes` and `ram_bytes`
+                (`memory.budgets`); of None, nobody knows how much there is, so it refuses nothing.
+        """
+        if isinstance(budget, int):
+            return self.needed["gpu" if self.settings.device == "cuda" else "ram"] <= budget
+        there = {"gpu": budget.gpu_bytes, "ram": budget.ram_bytes}
+        return all(there[name] is None or nbytes <= there[name] for name, nbytes in self.needed.items())
+
+    def cheaper(self, budget: "int | Memory | None" = None) -> list[tuple[str, "MemoryPlan"]]:
+        """Return what to change for less memory, in words, with the plan that results; the least loss first.
+
+        Args:
+            budget: As in `fits`: only what fits then; where no single change is enough, changes are added up.
+        """
+        smaller = list(self._smaller())
+        if budget is None:
+            return smaller
+        fitting = [step for step in smaller if step[1].fits(budget)]
+        return fitting or self._added_up(budget)
+
+    def _smaller(self) -> Iterator[tuple[str, "MemoryPlan"]]:
+        """Yield single changes that take less of the memory that is used most."""
+        where = max(self.needed, key=self.needed.get)
+        for words, settings in cheaper_settings(self.settings):
+            with contextlib.suppress(KitError):  # what such a model or engine cannot do
+                plan = plan_for(settings)
+                if plan.needed[where] < self.needed[where]:
+                    yield words, plan
+
+    def _added_up(self, budget: "int | Memory") -> list[tuple[str, "MemoryPlan"]]:
+        """Return the shortest row of changes that fits, or nothing."""
+        said, plan = [], self
+        while (step := next(plan._smaller(), None)) is not None:
+            said, plan = [*said, step[0]], step[1]
+            if plan.fits(budget):
+                return [(", ".join(said), plan)]
+        return []
 
 
 def plan_memory(size: str, format: str | None = None, *, device: str | None = None, **settings) -> MemoryPlan:
