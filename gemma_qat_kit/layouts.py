@@ -7,9 +7,10 @@ with the published files' inventories.
 Dtypes are safetensors' names (F32, BF16, U8, I8, I32, I64) or, in a GGUF, ggml's (F32, BF16, Q4_0, Q6_K, Q8_0, Q2_K).
 """
 
+import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from gemma_qat_kit.parameters import Module, layer_modules, modules
@@ -176,3 +177,19 @@ def gguf_tensors(config: dict, format: str = "q4_0") -> Iterator[Tensor]:
         if is_text(module.name) and not module.is_kv_shared:
             name = gguf_name(module.name)
             yield Tensor(name, gguf_dtype(name, module.shape, format), module.shape)
+
+
+def safetensors_bytes(tensors: Iterable[Tensor], *, has_metadata: bool = True) -> int:
+    """Return the size of a .safetensors file with these tensors, its header included.
+
+    Args:
+        tensors: In any order; safetensors writes the widest dtypes first, then by name.
+        has_metadata: It says {"format": "pt"}, as transformers writes; the mobile checkpoints do not.
+    """
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}} if has_metadata else {}
+    end = 0
+    for tensor in sorted(tensors, key=lambda t: (-GROUP_BYTES[t.dtype][0], t.dtype, t.name)):
+        start, end = end, end + tensor.nbytes
+        header[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"))
+    return 8 + -(-len(text) // 8) * 8 + end

@@ -1,7 +1,6 @@
 """The bytes of a checkpoint's tensors by component, and where an engine keeps them."""
 
 import functools
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -14,7 +13,6 @@ from gemma_qat_kit.layouts import (
     gguf_tensors,
     is_text,
     mobile_tensors,
-    w4a16_tensors,
 )
 from gemma_qat_kit.memory.parts import AUDIO, DRAFTER, EMBEDDINGS, REPACKED, TABLE, TEXT_LAYERS, VISION, Part, merged
 from gemma_qat_kit.memory.settings import MemorySettings
@@ -140,16 +138,3 @@ def part_of(name: str) -> str:
     if "vision" in name:
         return VISION
     return AUDIO if "audio" in name else TEXT_LAYERS
-
-
-def file_bytes(size: str, format: str) -> int:
-    """Return the bytes of the tensors in a published checkpoint's file, those that no layer uses included."""
-    config = hf_config(size, format if format == "mobile" else "bf16")
-    tensors = {"q4_0": gguf_tensors, "mobile": mobile_tensors, "w4a16": w4a16_tensors}.get(format, bf16_tensors)
-    return sum(tensor.nbytes for tensor in tensors(config))
-
-
-def num_values(size: str, *, text_only: bool = False) -> int:
-    """Return how many parameters a model has, without those of the file that no layer uses."""
-    tensors = bf16_tensors(hf_config(size), has_shared_kv=False)
-    return sum(math.prod(t.shape) for t in tensors if not text_only or is_text(t.name))
