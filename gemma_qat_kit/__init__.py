@@ -23,6 +23,7 @@ _MODULE_OF = {
     "measure_memory": "memory.measure",
     "perplexity": "quality.comparison",
     "plan_memory": "memory.plan",
+    "published_memory": "memory.published_table",
     "quantize": "formats.quantized",
     "receipts": "memory.receipts",
     "sqnr_db": "quality.comparison",
