@@ -4,6 +4,7 @@ Nothing here may disturb a run: whatever fails is one warning. With `GQK_RECEIPT
 """
 
 import functools
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
@@ -16,14 +17,23 @@ from gemma_qat_kit.memory.receipts import record
 from gemma_qat_kit.memory.receipts_file import receipts_path, warn_once
 from gemma_qat_kit.memory.settings import MemorySettings
 
+# What a model was loaded with, of that which it does not say itself.
+_ASKED = ("text_only", "drafter", "per_layer_table", "kv_format")
+_asked: "weakref.WeakKeyDictionary[object, dict]" = weakref.WeakKeyDictionary()
+
 
 @contextmanager
-def load_receipt() -> Iterator[Callable[[object], object]]:
-    """Measure a load, and keep its receipt once the block has called what it gets with the model, which comes back."""
+def load_receipt(request: object = None) -> Iterator[Callable[[object], object]]:
+    """Measure a load, and keep its receipt once the block has called what it gets with the model, which comes back.
+
+    Args:
+        request: Has the arguments of `load` as attributes; None where nothing special was asked for.
+    """
     models = []
 
     def loaded(model):
         models.append(model)
+        _asked[model] = {name: getattr(request, name) for name in _ASKED if hasattr(request, name)}
         return model
 
     with _measured() as use:
@@ -77,7 +87,7 @@ def _record_load(model, use: MemoryOverTime) -> None:
     """Compare what a loaded model holds with those parts of its plan that are there before the first question."""
     if model.engine == "endpoint":
         return
-    settings, held = _settings_of(model), model.memory()
+    settings, held = settings_of(model), model.memory()
     plan = _plan(settings) if settings else None
     is_there = (*WEIGHTS, ENGINE) if model.engine == "transformers" else None  # llama.cpp allocates everything
     predicted = plan and Parts(tuple(p for p in plan.placed if is_there is None or p.name in is_there))
@@ -91,7 +101,7 @@ def _record_chat(model, reply, use: MemoryOverTime) -> None:
     """Compare the most that was held while a model answered with the plan; transformers' cache grows with the text."""
     num_tokens = (reply.prompt_tokens or 0) + reply.new_tokens
     length = num_tokens if model.engine == "transformers" and reply.prompt_tokens else model.context_length
-    settings = _settings_of(model, length)
+    settings = settings_of(model, length)
     measured = _at_peak(model.memory(), use)
     record("chat", settings or _known(model, length), settings and _plan(settings), measured,
            seconds=round(reply.seconds, 3), tokens=num_tokens)  # fmt: skip
@@ -99,22 +109,26 @@ def _record_chat(model, reply, use: MemoryOverTime) -> None:
 
 def _at_peak(held: Parts, use: MemoryOverTime) -> Parts:
     """Add to what is held now how much more there was at the peak: it was freed since, so it was work, not weights."""
-    more = ((place, use.peak.in_place(place) - use.after.in_place(place)) for place in PLACES_IN_MEMORY)
-    return Parts(merged((*held.placed, *(Part(ACTIVATIONS, nbytes, place) for place, nbytes in more if nbytes > 0))))
+    more = {place: use.peak.in_place(place) - use.after.in_place(place) for place in PLACES_IN_MEMORY}
+    more["gpu"] = use.peak.gpu - held.in_place("gpu")  # torch's allocator still holds what its tensors freed
+    work = (Part(ACTIVATIONS, nbytes, place) for place, nbytes in more.items() if nbytes > 0)
+    return Parts(merged((*held.placed, *work)))
 
 
-def _settings_of(model, context_length: int | None = None) -> MemorySettings | None:
-    """Return what a plan of a loaded model is made for, None of one that is not in the catalog."""
-    if model.size not in SIZES:
-        return None
-    known = _known(model, context_length)
-    return MemorySettings(**known)
+def settings_of(model, context_length: int | None = None) -> MemorySettings | None:
+    """Return what the plan of a loaded `Model` is made for, None of one that is not in the catalog.
+
+    Args:
+        model: A model of `gqk.load`.
+        context_length: Tokens to plan for; None takes the model's.
+    """
+    return MemorySettings(**_known(model, context_length)) if model.size in SIZES else None
 
 
 def _known(model, context_length: int | None = None) -> dict[str, object]:
     device = getattr(getattr(model.runner, "device", None), "type", "cpu")
     return {"size": model.size, "format": model.format, "engine": model.engine, "device": device,
-            "context_length": context_length or model.context_length}  # fmt: skip
+            "context_length": context_length or model.context_length, **_asked.get(model, {})}  # fmt: skip
 
 
 @functools.lru_cache(maxsize=8)

@@ -3,6 +3,7 @@
 import gc
 import threading
 import warnings
+from types import SimpleNamespace
 
 import pytest
 from stand_ins import wait_for
@@ -12,6 +13,7 @@ from gemma_qat_kit.catalog import Sampling
 from gemma_qat_kit.errors import EndpointError
 from gemma_qat_kit.generation import Delta, Finish
 from gemma_qat_kit.memory import receipts_file
+from gemma_qat_kit.memory.measure import MemoryUse, Moment, Peak
 from gemma_qat_kit.memory.parts import ACTIVATIONS, ENGINE, KEY_VALUES, LOGITS, TEXT_LAYERS, Part
 from gemma_qat_kit.memory.plan import plan_memory
 from gemma_qat_kit.memory.receipts import receipts
@@ -129,7 +131,7 @@ def test_a_server_elsewhere_is_not_measured(monkeypatch):
     monkeypatch.setattr(recording, "record", lambda *_, **__: pytest.fail("it recorded"))
     runner = Runner("endpoint")
     model(runner, None, "endpoint").chat("Why?")
-    with load_receipt() as loaded:
+    with load_receipt(None) as loaded:
         loaded(model(runner, None, "endpoint"))
 
 
@@ -137,7 +139,7 @@ def test_off_measures_nothing(monkeypatch):
     monkeypatch.setenv("GQK_RECEIPTS", "off")
     monkeypatch.setattr(recording, "measure_memory", lambda: pytest.fail("it measured"))
     assert str(model().chat("Why?")) == "Light scatters."
-    with load_receipt() as loaded:
+    with load_receipt(None) as loaded:
         loaded(model())
 
 
@@ -152,14 +154,14 @@ def test_a_recorder_that_fails_breaks_no_answer_and_no_load(monkeypatch, broken,
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter(filter)
         assert str(model().chat("Why?")) == "Light scatters."
-        with load_receipt() as loaded:
+        with load_receipt(None) as loaded:
             loaded(model())
     if filter == "always":
         assert ["broken on purpose" in str(warning.message) for warning in caught] == [True]
 
 
 def test_a_load_is_compared_with_what_is_there_before_the_first_question():
-    with load_receipt() as loaded:
+    with load_receipt(None) as loaded:
         block = bytearray(b"x") * (100 * MIB)
         threading.Event().wait(0.2)
         del block
@@ -174,7 +176,27 @@ def test_a_load_is_compared_with_what_is_there_before_the_first_question():
     assert row.numbers["measured_peak_bytes"] == pytest.approx(450 * MIB, abs=12 * MIB)
 
 
+def test_the_plan_is_made_for_what_was_asked_of_load():
+    asked = SimpleNamespace(kv_format="q8_0", per_layer_table="disk", text_only=True, drafter=False, token="secret")
+    with load_receipt(asked) as loaded:
+        small = loaded(model(Runner("llama_cpp"), "E2B", "q4_0"))
+    small.chat("Why?")
+    plan = plan_memory("E2B", "q4_0", context_length=512, kv_format="q8_0")
+    for row in receipts():
+        assert row.settings["kv_format"] == "q8_0"
+        assert row.predicted.parts[KEY_VALUES] == plan.parts[KEY_VALUES]
+        assert "token" not in row.settings
+    assert [row.event for row in receipts()] == ["load", "chat"]
+
+
+def test_what_the_allocator_keeps_is_not_counted_twice():
+    held = MemoryUse((Part(TEXT_LAYERS, 300, "gpu"), Part(ACTIVATIONS, 100, "gpu")))
+    for peak, work in ((380, 100), (450, 150)):
+        seen = SimpleNamespace(peak=Peak(Moment(0, peak, 0, 0), peak, 0, 0), after=Moment(1, 310, 0, 0))
+        assert recording._at_peak(held, seen).parts == {TEXT_LAYERS: 300, ACTIVATIONS: work}
+
+
 def test_a_load_that_fails_is_not_recorded_and_its_error_is_the_loaders():
-    with pytest.raises(MemoryError), load_receipt():
+    with pytest.raises(MemoryError), load_receipt(None):
         raise MemoryError
     assert len(receipts()) == 0
