@@ -1,44 +1,26 @@
 """`load`: from a size and a format, a path, a repo id or a server's address to a model that is ready to chat."""
 
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from gemma_qat_kit.catalog import (
     BUILT_IN_PACKAGE,
     BUILT_IN_SIZE,
-    KNOWN_FORMATS,
     SIZES,
     Checkpoint,
     Sampling,
     catalog_checkpoint_for_repo,
     find_checkpoint,
 )
-from gemma_qat_kit.errors import BadSettingError, MissingLibraryError, NotEnoughMemoryError, unknown_name
-from gemma_qat_kit.memory.plan import plan_memory
+from gemma_qat_kit.engines.request import Request
+from gemma_qat_kit.errors import BadSettingError, MissingLibraryError
 from gemma_qat_kit.model import Model
 from gemma_qat_kit.progress import Report, progress_bar
 from gemma_qat_kit.recording import load_receipt
-from gemma_qat_kit.units import readable_bytes
 
 _GEMMA = Sampling(temperature=1.0, top_p=0.95, top_k=64)  # every Gemma 4 model card
 _MADE_WHILE_LOADING = ("nf4", "int8")  # from bf16; float32 is made from the built-in model's own file
-_CHEAPER = (("E4B", "q4_0"), ("E2B", "q4_0"), (BUILT_IN_SIZE, None))
-
-
-@dataclass(frozen=True)
-class _Request:
-    """The arguments of `load`."""
-
-    source: str
-    format: str | None
-    text_only: bool
-    context_length: int
-    drafter: bool
-    device: str
-    revision: str | None
-    token: str | None
-    report: Report | None
 
 
 def load(
@@ -49,6 +31,8 @@ def load(
     context_length: int = 4096,
     drafter: bool = False,
     device: str = "auto",
+    per_layer_table: str = "disk",
+    kv_format: str = "bf16",
     revision: str | None = None,
     token: str | None = None,
     report: Report | None = None,
@@ -63,12 +47,17 @@ def load(
         context_length: Tokens of prompt and answer together.
         drafter: Generate with the MTP drafter that belongs to the model (formats that run in transformers).
         device: "auto", "cpu" or "cuda".
+        per_layer_table: Where the per-layer embeddings of E2B and E4B lie: left on "disk" and looked up row by row,
+            copied to the RAM of the "cpu", or in the "memory" of the device with everything else. llama.cpp leaves
+            them on disk; sizes without them ignore this.
+        kv_format: Of the key/value cache: "bf16", or in llama.cpp "q8_0", which takes half of it.
         revision: Commit, tag or branch of the repository; None keeps to the commit of the first download.
         token: Hub token, or the server's API key. Never printed.
         report: Called with the progress; raise CancelledError in it to stop. None draws a bar.
 
     Raises:
-        UnknownNameError: Unknown size or format.
+        UnknownNameError: Unknown size, format, or name of a setting.
+        BadSettingError: A setting that this model or its engine does not have.
         NotPublishedError: There is no such checkpoint; the message names an alternative.
         NotEnoughMemoryError: It does not fit; said before anything is downloaded or read.
         DownloadError: The download failed.
@@ -76,40 +65,37 @@ def load(
         EndpointError: The server is down or refuses the key.
     """
     format = format and format.lower()
-    request = _Request(
-        str(source), format, text_only, context_length, drafter, device, revision, token, report
+    request = Request(
+        str(source), format, text_only, context_length, drafter, device, per_layer_table, kv_format, revision, token,
+        report,
     )  # fmt: skip
     if request.source.startswith(("http://", "https://")):
         return _load_endpoint(request)
-    if format is not None and format not in KNOWN_FORMATS:
-        raise unknown_name("format", format, KNOWN_FORMATS)
-    if device not in ("auto", "cpu") and not device.startswith("cuda"):
-        raise BadSettingError(f"Unknown device {device!r}.", "Known: auto, cpu, cuda.", 'Try device="auto".')
+    request.check_names()
     with nullcontext(report) if report else progress_bar() as shown:
         return _load(replace(request, report=shown))
 
 
-def _load_endpoint(request: _Request) -> Model:
+def _load_endpoint(request: Request) -> Model:
     from gemma_qat_kit.engines.endpoint import EndpointEngine
 
     return Model(None, "endpoint", _GEMMA, EndpointEngine(request.source, request.token))
 
 
-def _load(request: _Request) -> Model:
+def _load(request: Request) -> Model:
     row = _catalog_row(request)
     if row is not None:
         if row.role == "drafter":
             raise _drafter_alone(row)
-        if row.engine == "llama_cpp":
-            _refuse_extras(row.key, request)
-        _check_memory(f"{row.key}", _planned_bytes(row.size, row.format, request), row.engine, request)
+        request.check_engine(row.key, row.engine)
+        request.check_memory(row.key, row.size, row.format, row.engine)
     path = _fetch(row, request)
     drafter = _fetch_drafter(row, request) if request.drafter else None
-    with load_receipt() as loaded:
+    with load_receipt(request) as loaded:
         return loaded(_load_local(path, row, drafter, request))
 
 
-def _catalog_row(request: _Request) -> Checkpoint | None:
+def _catalog_row(request: Request) -> Checkpoint | None:
     """Return the catalog's row for a size or one of its repositories, None for anything else."""
     if _is_path(request.source):
         return None
@@ -135,7 +121,7 @@ def _is_path(source: str) -> bool:
     return is_written_so or Path(source).expanduser().exists()
 
 
-def _fetch(row: Checkpoint | None, request: _Request) -> Path:
+def _fetch(row: Checkpoint | None, request: Request) -> Path:
     """Return where the checkpoint lies, downloading it if it is not here."""
     if row is None and _is_path(request.source):
         return Path(request.source).expanduser()
@@ -165,7 +151,7 @@ def built_in_checkpoint() -> Path:
     return path
 
 
-def _fetch_drafter(row: Checkpoint | None, request: _Request) -> Path:
+def _fetch_drafter(row: Checkpoint | None, request: Request) -> Path:
     """Return the folder of the drafter that belongs to a checkpoint: the QAT one for QAT weights."""
     if row is None:
         folder = Path(request.source).expanduser() / "drafter"
@@ -190,17 +176,7 @@ def _drafter_alone(row: Checkpoint) -> BadSettingError:
     )
 
 
-def _refuse_extras(name: str, request: _Request) -> None:
-    """Refuse what a GGUF cannot do here, rather than leave it out silently."""
-    if request.drafter or not request.text_only:
-        raise BadSettingError(
-            f"{name} runs in llama.cpp, where this kit neither drafts nor sees images yet.",
-            "drafter=True and text_only=False work with the formats that run in transformers.",
-            'Leave them out, or take format="q4_0-unquantized".',
-        )
-
-
-def _load_local(path: Path, row: Checkpoint | None, drafter: Path | None, request: _Request) -> Model:
+def _load_local(path: Path, row: Checkpoint | None, drafter: Path | None, request: Request) -> Model:
     """Look at what lies at a path and hand it to its engine."""
     from gemma_qat_kit.checkpoint import inspect_checkpoint
 
@@ -208,17 +184,20 @@ def _load_local(path: Path, row: Checkpoint | None, drafter: Path | None, reques
     size = row.size if row else found.size
     format = _agreed_format(found, row.format if row else request.format)
     weights = found.text_bytes if request.text_only else found.all_bytes
+    engine = "transformers" if format == "float32" else found.engine
     if row is None:
-        is_float32 = format == "float32"
-        needed = _planned_bytes(size, format, request) if is_float32 else weights - found.looked_up_bytes
-        _check_memory(request.source, needed, "transformers" if is_float32 else found.engine, request)
-    if found.engine == "llama_cpp" and format != "float32":
-        _refuse_extras(request.source, request)
+        request.check_engine(request.source, engine)
+        request.check_memory(request.source, size, format, engine, weights - found.looked_up_bytes)
+    if engine == "llama_cpp":
         from gemma_qat_kit.engines.llama_cpp import LlamaCppEngine
 
         layers = 0 if request.device == "cpu" else -1
         runner = LlamaCppEngine(
-            found.path, context_length=request.context_length, num_gpu_layers=layers, report=request.report
+            found.path,
+            context_length=request.context_length,
+            num_gpu_layers=layers,
+            kv_format=request.kv_format,
+            report=request.report,
         )
     else:
         from gemma_qat_kit.engines.transformers import TransformersEngine
@@ -230,6 +209,7 @@ def _load_local(path: Path, row: Checkpoint | None, drafter: Path | None, reques
             text_only=request.text_only,
             drafter=drafter,
             device=request.device,
+            per_layer_table=request.per_layer_table,
             report=request.report,
             weight_bytes=weights,
         )
@@ -251,35 +231,3 @@ def _agreed_format(found, wanted: str | None) -> str:
         "While loading, nf4 and int8 are made from 16-bit weights, and float32 from the built-in model.",
         f'Leave the format out, or pass format="{found.format}".',
     )
-
-
-def _planned_bytes(size: str, format: str, request: _Request) -> int:
-    return plan_memory(size, format, context_length=request.context_length, text_only=request.text_only).needed_bytes
-
-
-def _check_memory(name: str, needed: int, engine: str, request: _Request) -> None:
-    """Refuse what cannot fit, before a byte is downloaded or read."""
-    from gemma_qat_kit.environment import free_memory
-
-    ram, gpu = free_memory()
-    # PyPI's llama.cpp has no GPU code, so a GGUF needs RAM wherever it runs.
-    gpu = None if request.device == "cpu" or engine == "llama_cpp" else gpu
-    available = gpu.free_bytes if gpu else ram
-    if available is None or needed <= available:  # what cannot be read refuses nothing
-        return
-    raise NotEnoughMemoryError(
-        f"{name} needs {readable_bytes(needed)} of {'GPU ' * bool(gpu)}memory; {readable_bytes(available)} are free.",
-        "Weights, key/value cache and the engine's buffers must fit.",
-        f"Close other models, or load what fits: {_what_fits(name.split()[0], available, request)}.",
-    )
-
-
-def _what_fits(size: str, available: int, request: _Request) -> str:
-    """Return the call for the largest QAT checkpoint that fits, the size that was asked for first."""
-    for other, format in ((size, "q4_0"), *_CHEAPER):
-        try:
-            if _planned_bytes(other, format, replace(request, context_length=2048)) <= available:
-                return f'gqk.load("{other}"' + (f', "{format}")' if format else ")")
-        except ValueError:
-            continue  # a path, or no such checkpoint
-    return f'gqk.load("{BUILT_IN_SIZE}")'

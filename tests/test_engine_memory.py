@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers.integrations.gemma_quant import QuantizedLinear
+from transformers.integrations.gemma_quant import QuantizedEmbedding, QuantizedLinear
 
 import gemma_qat_kit as gqk
 from gemma_qat_kit.architectures import GEMMA_SIZES
@@ -92,6 +92,32 @@ def test_a_loaded_mobile_checkpoint_multiplies_in_chunks(tiny, monkeypatch):
         assert len(chunked) > 50
         ids = torch.tensor([[2, 105, 93]])
         ours = network(ids).logits
+        embeddings = network.get_input_embeddings()
+        assert type(embeddings) is transformers_mobile.RowEmbedding
         for layer in chunked:
             layer.__class__ = QuantizedLinear
+        embeddings.__class__ = QuantizedEmbedding
         assert torch.equal(ours, network(ids).logits)
+
+
+@pytest.mark.parametrize("index", [3, (3, slice(None)), (3, 5), (None, None, slice(None), slice(None)), slice(2, 4)])
+def test_a_row_of_packed_embeddings_is_that_of_the_whole(tiny, index):
+    with gqk.load(tiny("E2B", "mobile")) as model:
+        embeddings = model.hf[0].get_input_embeddings()
+        row, shape = embeddings.weight[index], embeddings.weight.shape
+        embeddings.__class__ = QuantizedEmbedding
+        assert torch.equal(row, embeddings.weight[index])
+        assert shape == embeddings.weight.shape
+
+
+def test_a_forward_unpacks_no_more_than_the_rows_of_its_tokens(tiny, monkeypatch):
+    unpacked, original = [], QuantizedEmbedding._dequantize_weights
+
+    def noted(self, codes, scale):
+        unpacked.append(codes.shape[:-1].numel())
+        return original(self, codes, scale)
+
+    monkeypatch.setattr(QuantizedEmbedding, "_dequantize_weights", noted)
+    with gqk.load(tiny("E2B", "mobile")) as model:
+        model.hf[0](torch.tensor([[2, 105, 93]]))
+    assert sorted(unpacked) == [1, 3]  # the padding's row, which the network takes in any case, and the tokens'

@@ -93,12 +93,12 @@ def test_both_engines_read_a_tiny_gemma_alike(tiny):
 
 def test_the_child_starts_when_it_is_needed_shares_the_file_and_ends_with_the_model(built_in):
     with gqk.load("smollm2-135m", context_length=512) as model:
-        before = model.memory().parts
+        before = model.memory()
         assert model.runner._scores._child is None
         model.runner.logits(list(range(100)))
-        after, child = model.memory().parts, child_of(model.runner._scores)
-        assert after["mapped"] < before["mapped"] + 2**25  # not a second time
-        assert 0 < after["private"] - before["private"] < 2**28
+        after, child = model.memory(), child_of(model.runner._scores)
+        assert after.in_place("mapped") < before.in_place("mapped") + 2**25  # not a second time
+        assert 0 < after.in_place("ram") - before.in_place("ram") < 2**28
     assert not child.is_running()
 
 

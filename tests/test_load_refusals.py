@@ -19,6 +19,7 @@ from gemma_qat_kit.errors import (
     NotPublishedError,
     UnknownNameError,
 )
+from gemma_qat_kit.machine import Gpu
 
 
 @pytest.mark.parametrize(
@@ -75,12 +76,47 @@ def test_drafter_needs_its_folder_and_an_engine_that_drafts(tiny):
         gqk.load(tiny("E2B", "q4_0"), text_only=False)
 
 
+@pytest.mark.parametrize(
+    ("format", "setting", "words"),
+    [
+        ("q4_0", {"per_layer_table": "cpu"}, ("per_layer_table='cpu' cannot be used", "by itself", '"disk"')),
+        ("bf16", {"kv_format": "q8_0"}, ("kv_format='q8_0' cannot be used", "llama.cpp", 'format="q4_0"')),
+    ],
+)
+def test_a_setting_that_the_engine_does_not_have_is_refused(tiny, format, setting, words):
+    for source in (("E2B", format), (tiny("E2B", format),)):  # before a download, and of what lies here
+        with pytest.raises(BadSettingError) as caught:
+            gqk.load(*source, **setting)
+        told = (caught.value.wrong, caught.value.allowed, caught.value.next_step)
+        assert all(word in part for word, part in zip(words, told, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "nearest"), [("per_layer_table", "ram", "memory"), ("kv_format", "q8", "q8_0")]
+)
+def test_a_name_that_no_setting_has_is_refused(setting, value, nearest):
+    with pytest.raises(UnknownNameError, match=f"Unknown {setting} '{value}'. .* Did you mean"):
+        gqk.load("E2B", **{setting: value})
+
+
+def test_a_gpu_needs_room_for_its_own_part_only(monkeypatch):
+    gpu = Gpu("T4", 2**34, 7 * 2**30, (7, 5))
+    monkeypatch.setattr(sys.modules["gemma_qat_kit.environment"], "free_memory", lambda: (2**40, gpu))
+    with pytest.raises(NotEnoughMemoryError, match=r"E2B bf16 needs 9\.\d\d GiB of GPU memory; 7\.00 GiB are free"):
+        gqk.load("E2B", "bf16", per_layer_table="memory")
+    monkeypatch.setattr(
+        sys.modules["gemma_qat_kit.load"], "_fetch", lambda row, request: (_ for _ in ()).throw(InterruptedError)
+    )
+    with pytest.raises(InterruptedError):  # the check lets it go on to the download
+        gqk.load("E2B", "bf16")
+
+
 def test_too_little_memory_is_said_before_anything_is_read(monkeypatch, tiny):
     def leave(free_bytes):
         monkeypatch.setattr(sys.modules["gemma_qat_kit.environment"], "free_memory", lambda: (free_bytes, None))
 
     leave(4 * 2**30)
-    with pytest.raises(NotEnoughMemoryError, match=r'E2B bf16 needs 1\d\.\d GiB.*4\.00 GiB are free.*"E2B", "q4_0"'):
+    with pytest.raises(NotEnoughMemoryError, match=r'E2B bf16 needs 4\.\d\d GiB.*4\.00 GiB are free.*"E2B", "q4_0"'):
         gqk.load("E2B", "bf16")
     with pytest.raises(NotEnoughMemoryError, match=r'load\("E4B", "q4_0"\)'):
         gqk.load("31B")

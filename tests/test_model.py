@@ -5,6 +5,7 @@ import pytest
 from gemma_qat_kit.catalog import BUILT_IN_SIZE, Sampling
 from gemma_qat_kit.errors import BadSettingError
 from gemma_qat_kit.generation import Delta, Finish, Settings
+from gemma_qat_kit.memory.parts import ENGINE, TEXT_LAYERS, Part
 from gemma_qat_kit.model import Model
 
 CARD = Sampling(temperature=1.0, top_p=0.95, top_k=64)
@@ -23,7 +24,7 @@ class Runner:
         return Pieces([Delta.thought("Hm."), Delta("Blue."), Finish("stop", 3, 4)])
 
     def memory(self):
-        return {"private": 5, "mapped": 7}
+        return (Part(ENGINE, 5, "ram"), Part(TEXT_LAYERS, 7, "mapped"))
 
     def close(self):
         self.num_closes += 1
@@ -122,8 +123,9 @@ def test_hf_of_another_engine_is_refused_with_a_call_that_has_it(size, format):
 
 def test_memory_is_measured_part_by_part():
     use = model_of().memory()
-    assert (use.parts, use.total_bytes) == ({"private": 5, "mapped": 7}, 12)
-    assert "total, measured" in str(use)
+    assert (use.parts, use.total_bytes) == ({TEXT_LAYERS: 7, ENGINE: 5}, 12)
+    assert (use.in_place("ram"), use.in_place("mapped")) == (5, 7)
+    assert "total in memory, measured" in str(use)
 
 
 def test_a_with_block_closes_the_model_even_after_an_error():

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from gemma_qat_kit.engines.server import MAX_BYTES, Server
 from gemma_qat_kit.errors import BadSettingError, EndpointError, KitError, ModelClosedError
 from gemma_qat_kit.generation import Delta, Finish, Message, Settings
+from gemma_qat_kit.memory.parts import Part
 
 STALL_SECONDS = 600  # a long prompt on a slow machine sends nothing for minutes
 
@@ -96,9 +97,9 @@ class EndpointEngine(Server):
             'Load the checkpoint itself here, as in gqk.load("E2B", "q4_0").',
         )
 
-    def memory(self) -> dict[str, int]:
+    def memory(self) -> tuple[Part, ...]:
         """Return no parts: the server's memory is not this machine's."""
-        return {}
+        return ()
 
     @property
     def is_closed(self) -> bool:

@@ -10,17 +10,21 @@ import json
 import secrets
 import subprocess
 import weakref
+from functools import cached_property
 from pathlib import Path
 
 from gemma_qat_kit.engines import llama_cpp_process as process
 from gemma_qat_kit.engines.endpoint import EndpointEngine
+from gemma_qat_kit.engines.llama_cpp_buffers import buffer_parts
 from gemma_qat_kit.engines.llama_cpp_scores import Scores
+from gemma_qat_kit.engines.resident import file_pages
 from gemma_qat_kit.errors import EndpointError, KitError
-from gemma_qat_kit.gguf.header import longest_context
+from gemma_qat_kit.gguf.header import GgufTensor, longest_context, read_gguf_header
+from gemma_qat_kit.memory.parts import ACTIVATIONS, ENGINE, Part, merged
 from gemma_qat_kit.memory.settings import check_context_length
+from gemma_qat_kit.memory.weights import part_of
 from gemma_qat_kit.progress import Progress, Report
 
-PROMPT_CACHE_MIB = 256  # llama.cpp's default of 8 GiB would not fit a free runtime
 _SERVER = Path(__file__).with_name("llama_cpp_server.py")
 _LONGEST_CONTEXT = 2**20  # where the file does not tell
 
@@ -32,6 +36,7 @@ class LlamaCppEngine(EndpointEngine):
         path: The .gguf file.
         context_length: Tokens of prompt and answer together; llama.cpp rounds them up to a multiple of 256.
         num_gpu_layers: Layers on the GPU; -1 is all where there is one, 0 keeps the model on the CPU.
+        kv_format: Of the key/value cache: "bf16" (llama.cpp takes float16 for it) or "q8_0".
         report: Told how much of the file is in memory, several times a second.
 
     Raises:
@@ -44,37 +49,45 @@ class LlamaCppEngine(EndpointEngine):
     name = "llama_cpp"
     gather_seconds = 0.05  # it computes on the cores that read, and twenty times a second looks fluent
 
-    def __init__(self, path: Path, *, context_length: int, num_gpu_layers: int = -1, report: Report | None = None):
+    def __init__(
+        self,
+        path: Path,
+        *,
+        context_length: int,
+        num_gpu_layers: int = -1,
+        kv_format: str = "bf16",
+        report: Report | None = None,
+    ):
         process.require_xllamacpp()
         check_context_length(context_length, longest_context(path) or _LONGEST_CONTEXT)
-        self._is_closed = False
+        self._is_closed, self._file, self._own_bytes, self._buffers = False, path, 0, ()
         self._scores = Scores(path, use_gpu=num_gpu_layers != 0)
         key = secrets.token_urlsafe(24)
         self._child, self._log = process.start(_SERVER)
         self._end = weakref.finalize(self, process.end, self._child, self._log)
         self._end.atexit = False  # the child notices by itself
         try:
-            super().__init__(self._start(path, key, context_length, num_gpu_layers, report), api_key=key)
+            order = {"path": str(path), "key": key, "context_length": int(context_length), "kv_format": kv_format,
+                     "num_gpu_layers": num_gpu_layers, "num_threads": process.num_threads()}  # fmt: skip
+            super().__init__(self._start(order, path, report), api_key=key)
         except BaseException:
             self.close()
             raise
         self.context_length = self.context_length or context_length
 
-    def _start(self, path: Path, key: str, context_length: int, num_gpu_layers: int, report: Report | None) -> str:
+    def _start(self, order: dict, path: Path, report: Report | None) -> str:
         """Tell the child what to load and wait until it answers with its address."""
-        order = {"path": str(path), "key": key, "context_length": int(context_length),
-                 "num_gpu_layers": num_gpu_layers, "num_threads": process.num_threads(),
-                 "prompt_cache_mib": PROMPT_CACHE_MIB}  # fmt: skip
         with contextlib.suppress(OSError):  # it has ended already; its log says why
             self._child.stdin.write(json.dumps(order).encode() + b"\n")
         total = path.stat().st_size
         while not process.is_readable(self._child.stdout, seconds=0.2):
             if report:
-                report(Progress("loading", min(total, sum(self.memory().values())), total))
+                report(Progress("loading", min(total, sum(process.memory(self._child))), total))
         line = self._child.stdout.readline()
         answer = json.loads(line) if line.startswith(b"{") else {}
         if "address" not in answer:
             raise process.load_error(self._child, self._log, path, answer.get("error", ""))
+        self._own_bytes, self._buffers = answer.get("own_bytes", 0), buffer_parts(process.read_log(self._log))
         if report:
             report(Progress("loading", total, total))
         return answer["address"]
@@ -95,12 +108,41 @@ class LlamaCppEngine(EndpointEngine):
         """
         return self._scores.logits(ids, self.context_length)
 
-    def memory(self) -> dict[str, int]:
-        """Return the bytes that the child holds: its own, and the file's pages that the system could take back."""
-        parts = process.memory(self._child)
-        if parts:
-            parts["private"] += self._scores.private_bytes
-        return parts
+    def memory(self) -> tuple[Part, ...]:
+        """Return what the child holds, part by part: the pages of the file by their tensors, llama.cpp's own buffers as
+        far as they are in use, and the rest as the engine, with the second process of `logits`."""
+        held = process.memory(self._child)
+        if not any(held):
+            return ()
+        pages = self._file_parts()
+        rest = max(0, held.mapped - sum(part.nbytes for part in pages))
+        gpu = [part for part in self._buffers if part.place == "gpu"]
+        return merged([*pages, Part(ENGINE, rest, "mapped"), *gpu, *self._private_parts(held.ram)])
+
+    def _file_parts(self) -> list[Part]:
+        pages = file_pages(self._child.pid)
+        shown = [
+            (m, t)
+            for m in pages.of(self._file)
+            for t in self._tensors
+            if m.offset <= t.start < m.offset + m.end - m.start
+        ]
+        resident = pages.resident_bytes((m.start + t.start - m.offset, t.nbytes) for m, t in shown)
+        return [Part(part_of(t.name), nbytes, "mapped") for (_, t), nbytes in zip(shown, resident, strict=True)]
+
+    def _private_parts(self, ram: int) -> list[Part]:
+        """Share out the child's private bytes: a buffer counts as far as it can have been touched."""
+        free, parts = max(0, ram - self._own_bytes), []
+        for buffer in sorted(self._buffers, key=lambda part: part.name == ACTIVATIONS):  # touched last
+            if buffer.place == "ram":
+                parts.append(Part(buffer.name, min(buffer.nbytes, free), "ram"))
+                free -= parts[-1].nbytes
+        rest = ram - sum(part.nbytes for part in parts)
+        return [*parts, Part(ENGINE, rest + self._scores.private_bytes, "ram")]
+
+    @cached_property
+    def _tensors(self) -> tuple[GgufTensor, ...]:
+        return read_gguf_header(self._file).tensors
 
     def _explained(self, error: KitError) -> KitError:
         """See `EndpointEngine`; also tells a server that has died from one that refuses."""

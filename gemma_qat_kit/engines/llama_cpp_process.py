@@ -10,6 +10,7 @@ from typing import IO
 
 from gemma_qat_kit.errors import BrokenCheckpointError, KitError, MissingLibraryError, NotEnoughMemoryError
 from gemma_qat_kit.machine import read_cpu_count
+from gemma_qat_kit.memory.measure_process import ProcessMemory, process_memory
 
 _NO_MEMORY = ("bad_alloc", "out of memory", "failed to allocate", "unable to allocate")
 
@@ -59,24 +60,20 @@ def load_error(child: subprocess.Popen, log: IO[bytes], path: Path, error: str) 
 
 def first_error(log: IO[bytes]) -> str:
     """Return the first error in the log, which the later ones follow from."""
-    log.seek(0)
-    lines = log.read().decode("utf-8", "replace").splitlines()
-    telling = [line for line in lines if "GGML_ASSERT" in line or "error" in line.lower()]
+    telling = [line for line in read_log(log).splitlines() if "GGML_ASSERT" in line or "error" in line.lower()]
     return telling[0].rpartition("error loading model: ")[2][-300:] if telling else ""
 
 
-def memory(child: subprocess.Popen) -> dict[str, int]:
-    """Return the bytes that a child holds: its own, and the file's pages that the system could take back."""
-    import psutil
+def read_log(log: IO[bytes]) -> str:
+    """Return what a child has written to its log."""
+    log.seek(0)
+    return log.read().decode("utf-8", "replace")
 
-    if child.poll() is not None:
-        return {}
-    try:
-        info = psutil.Process(child.pid).memory_info()
-    except psutil.Error:
-        return {}
-    mapped = getattr(info, "shared", 0)
-    return {"private": info.rss - mapped, "mapped": mapped}
+
+def memory(child: subprocess.Popen | None) -> ProcessMemory:
+    """Return the bytes that a child holds, none where there is none or it has ended."""
+    found = process_memory(child.pid, children=False) if child is not None and child.poll() is None else None
+    return found or ProcessMemory(0, 0)
 
 
 def _environment() -> dict[str, str]:

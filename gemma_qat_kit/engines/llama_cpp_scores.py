@@ -57,7 +57,7 @@ class Scores:
     @property
     def private_bytes(self) -> int:
         """Bytes that the child holds beside the file's pages; 0 where it was not needed yet."""
-        return process.memory(self._child).get("private", 0) if self._child is not None else 0
+        return process.memory(self._child).ram
 
     def _ask(self, order: dict, make_buffer):
         """Send an order and return the answer's bytes in what `make_buffer(number of bytes)` made for them."""

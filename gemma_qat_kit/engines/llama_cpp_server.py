@@ -13,8 +13,10 @@ def main() -> None:
     order = json.loads(sys.stdin.readline())
     _end_with_parent()
     try:
-        server = _load(order)
-        print(json.dumps({"address": server.listening_address}), file=answer, flush=True)
+        server, own_bytes = _load(order)
+        _log_errors_only()
+        ready = {"address": server.listening_address, "own_bytes": own_bytes}
+        print(json.dumps(ready), file=answer, flush=True)
     except Exception as err:
         print(json.dumps({"error": str(err)}), file=answer, flush=True)
         return
@@ -35,10 +37,12 @@ def _end_with_parent() -> None:
         fcntl.fcntl(0, fcntl.F_SETFL, fcntl.fcntl(0, fcntl.F_GETFL) | os.O_ASYNC)
 
 
-def _load(order: dict):
-    """Return llama.cpp's server, listening on a free loopback port that wants the order's key."""
+def _load(order: dict) -> tuple:
+    """Return llama.cpp's server, listening on a free loopback port that wants the order's key, and what this process
+    held before, in private bytes."""
     import xllamacpp
 
+    own_bytes = _private_bytes()
     params = xllamacpp.CommonParams()
     params.model.path = order["path"]
     params.hostnames, params.port, params.api_keys = ["127.0.0.1"], 0, [order["key"]]
@@ -47,11 +51,32 @@ def _load(order: dict):
     if order["num_threads"]:
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = order["num_threads"]
     params.fit_params = False  # it would shorten the context without saying so
-    params.cache_ram_mib = order["prompt_cache_mib"]
+    # It keeps copies of prompts (8 GiB), and of the sliding window as it was in up to 32 places (160 MiB each in 12B).
+    # A chat goes on where it stopped without the first, and needs the second only where it is taken back a step.
+    params.cache_ram_mib, params.n_ctx_checkpoints = 0, 2
+    if order["kv_format"] == "q8_0":
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_Q8_0
     params.sampling.min_p = 0  # no model card asks for llama.cpp's 0.05
     params.ui = params.endpoint_slots = False
-    params.verbosity = 1  # errors only
-    return xllamacpp.Server(params)
+    params.verbosity = 4  # the lowest level that tells of its buffers
+    return xllamacpp.Server(params), own_bytes
+
+
+def _private_bytes() -> int:
+    """Return the private memory of this process, 0 where the system does not tell."""
+    with contextlib.suppress(OSError, ValueError, IndexError), open("/proc/self/status") as file:
+        return int(file.read().split("RssAnon:")[1].split()[0]) * 1024
+    return 0
+
+
+def _log_errors_only() -> None:
+    """Let llama.cpp write errors only from now on: a request would add 2 KB to the log."""
+    import ctypes
+
+    import xllamacpp
+
+    with contextlib.suppress(AttributeError, OSError):  # a release that lacks it goes on writing
+        ctypes.CDLL(xllamacpp.xllamacpp.__file__)._Z30common_log_set_verbosity_tholdi(1)
 
 
 if __name__ == "__main__":

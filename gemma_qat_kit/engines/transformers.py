@@ -14,6 +14,7 @@ from gemma_qat_kit.engines.transformers_stream import GenerateStream
 from gemma_qat_kit.errors import BadSettingError, BrokenCheckpointError, MissingLibraryError, ModelClosedError
 from gemma_qat_kit.generation import STOP_IDS, Message, Settings
 from gemma_qat_kit.gguf.header import longest_context
+from gemma_qat_kit.memory.parts import Part
 from gemma_qat_kit.memory.settings import check_context_length
 from gemma_qat_kit.progress import Progress, Report
 from gemma_qat_kit.quality.scoring import ModuleScorer
@@ -129,20 +130,11 @@ class TransformersEngine:
         with self._lock:
             return ModuleScorer(self.model, self.tokenizer).logits(ids)
 
-    def memory(self) -> dict[str, int]:
-        """Return the bytes of the weights as they lie in memory, and what else the GPU's allocator holds."""
-        if self.model is None:
-            return {}
-        models = [model for model in (self.model, self.drafter) if model is not None]
-        tensors = {
-            t.data_ptr(): t.nbytes for m in models for t in (*m.parameters(), *m.buffers()) if t.device.type != "meta"
-        }
-        parts = {"weights": sum(tensors.values())}
-        if self.device.type == "cuda":
-            import torch
+    def memory(self) -> tuple[Part, ...]:
+        """Return what this process and the GPU hold, part by part; see `transformers_memory`."""
+        from gemma_qat_kit.engines.transformers_memory import measured_parts
 
-            parts["other"] = max(0, torch.cuda.memory_allocated(self.device) - parts["weights"])
-        return parts
+        return () if self.model is None else measured_parts(self.model, self.drafter, self.device)
 
     @property
     def is_closed(self) -> bool:

@@ -1,7 +1,8 @@
-"""Multiply by the packed matrices of a mobile checkpoint without unpacking a large one whole.
+"""Compute with the packed matrices of a mobile checkpoint without unpacking a large one whole.
 
 transformers unpacks the whole matrix at each forward: int8 codes, their stack, two float copies. For the head of E2B
-(262,144 x 1,536) these take 4.3 GB. Here a large matrix is unpacked some rows at a time, by the same arithmetic.
+(262,144 x 1,536) these take 4.3 GB, and as much for the token embeddings, of which one row is used. Here a large
+matrix is unpacked some rows at a time, by the same arithmetic.
 
 To multiply row by row gives each output value from the same sum. For a few tokens the kernels of torch's CPU builds add
 it up in the same order whatever the number of rows, so the result is the same to the last bit. For more tokens they
@@ -11,7 +12,7 @@ at once, except for a head, which would be too large: its logits for a long text
 
 import torch
 from torch.nn import functional
-from transformers.integrations.gemma_quant import QuantizedLinear, apply_srq
+from transformers.integrations.gemma_quant import QuantizedEmbedding, QuantizedLinear, apply_srq
 
 from gemma_qat_kit.formats.mobile import unpack
 from gemma_qat_kit.memory.work import UNPACK_CHUNK
@@ -22,8 +23,10 @@ _ROW_STEP = 64  # rows of a chunk are a multiple, or kernels treat the last ones
 
 
 def unpack_in_chunks(model: torch.nn.Module) -> None:
-    """Change in place how a loaded mobile model multiplies by matrices of more than `UNPACK_CHUNK` weights."""
+    """Change in place how a loaded mobile model uses embeddings, and matrices of more than `UNPACK_CHUNK` weights."""
     for module in model.modules():
+        if type(module) is QuantizedEmbedding:
+            module.__class__ = RowEmbedding
         if type(module) is QuantizedLinear and module.in_features * module.out_features > UNPACK_CHUNK:
             module.__class__ = ChunkedLinear
 
@@ -57,3 +60,30 @@ class ChunkedLinear(QuantizedLinear):
         """Return rows of the matrix; codes and scales meet in the dtype of the computation, as in the library."""
         codes = unpack(self.weight[rows], self.num_bits)[:, : self.in_features]
         return codes.to(dtype).mul_(self.weight_scale[rows].to(dtype))
+
+
+class RowEmbedding(QuantizedEmbedding):
+    """The library's embeddings, whose `weight` unpacks only the row that is asked for."""
+
+    @property
+    def weight(self) -> "_Rows":
+        """The dequantized table, without `embed_scale`; `weight[row, :]` unpacks a row, anything else all of it."""
+        return _Rows(self)
+
+
+class _Rows:
+    def __init__(self, embedding: RowEmbedding):
+        self._embedding = embedding
+
+    def __getitem__(self, index):
+        row, *rest = index if isinstance(index, tuple) else (index,)
+        if not isinstance(row, int):
+            return self._unpacked(slice(None))[index]
+        return self._unpacked(row)[tuple(rest)]
+
+    def __getattr__(self, name: str):
+        return getattr(self._unpacked(slice(None)), name)
+
+    def _unpacked(self, rows: int | slice) -> torch.Tensor:
+        table = self._embedding
+        return table._dequantize_weights(table.embedding_quantized[rows], table.embedding_scale[rows])

@@ -88,7 +88,7 @@ def stored_table(folder: Path, *, is_copied: bool) -> dict[str, torch.Tensor]:
     found = {}
     for path in weight_files(folder):
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():
+            for name in file.keys():  # noqa: SIM118 - the file itself cannot be iterated
                 module, _, last = name.rpartition(".")
                 if module.endswith(NAME):
                     found[last] = file.get_tensor(name).clone() if is_copied else file.get_tensor(name)

@@ -6,6 +6,7 @@
 | every | `dtype="auto"` turns a mobile checkpoint into float32 | a dtype is always passed |
 | every | image processors need torchvision, and a mismatched one breaks the import | text-only loads take the
 tokenizer alone |
+| every | a mobile forward unpacks whole matrices, and the embeddings for one row | `transformers_mobile` does not |
 | before 5.20 | `generate(assistant_model=…)` raises a TypeError | drafters ask for a newer release |
 | 5.23 | a per-layer embedding scale of several columns is refused (mobile) | the parameter is given its real shape |
 | 5.23 | a drafter, whose layers all share, cannot be built | all its layers "reuse" |

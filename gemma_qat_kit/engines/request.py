@@ -1,0 +1,133 @@
+"""What `load` was asked for, and what of it is refused before anything is downloaded or read."""
+
+from dataclasses import dataclass, replace
+
+from gemma_qat_kit.catalog import BUILT_IN_SIZE, KNOWN_FORMATS
+from gemma_qat_kit.errors import BadSettingError, NotEnoughMemoryError, unknown_name
+from gemma_qat_kit.memory.plan import MemoryPlan, plan_memory
+from gemma_qat_kit.memory.settings import KV_FORMATS, TABLE_PLACES, check_name
+from gemma_qat_kit.progress import Report
+from gemma_qat_kit.units import readable_bytes
+
+_CHEAPER = (("E4B", "q4_0"), ("E2B", "q4_0"), (BUILT_IN_SIZE, None))
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments of `load`."""
+
+    source: str
+    format: str | None
+    text_only: bool
+    context_length: int
+    drafter: bool
+    device: str
+    per_layer_table: str
+    kv_format: str
+    revision: str | None
+    token: str | None
+    report: Report | None
+
+    def check_names(self) -> None:
+        """Refuse names that nobody knows.
+
+        Raises:
+            UnknownNameError: The message names the nearest one.
+            BadSettingError: Unknown device.
+        """
+        if self.format is not None and self.format not in KNOWN_FORMATS:
+            raise unknown_name("format", self.format, KNOWN_FORMATS)
+        if self.device not in ("auto", "cpu") and not self.device.startswith("cuda"):
+            raise BadSettingError(f"Unknown device {self.device!r}.", "Known: auto, cpu, cuda.", 'Try device="auto".')
+        check_name("per_layer_table", self.per_layer_table, TABLE_PLACES)
+        check_name("kv_format", self.kv_format, KV_FORMATS)
+
+    def check_engine(self, name: str, engine: str) -> None:
+        """Refuse what an engine cannot do, rather than leave it out silently.
+
+        Raises:
+            BadSettingError: The message says what can.
+        """
+        if engine == "llama_cpp" and (self.drafter or not self.text_only):
+            raise BadSettingError(
+                f"{name} runs in llama.cpp, where this kit neither drafts nor sees images yet.",
+                "drafter=True and text_only=False work with the formats that run in transformers.",
+                'Leave them out, or take format="q4_0-unquantized".',
+            )
+        if engine == "llama_cpp" and self.per_layer_table != "disk":
+            raise BadSettingError(
+                f"per_layer_table={self.per_layer_table!r} cannot be used: {name} runs in llama.cpp.",
+                "llama.cpp looks the per-layer embeddings up in the file by itself; the formats that run in "
+                "transformers leave the choice.",
+                'Leave per_layer_table="disk".',
+            )
+        if engine == "transformers" and self.kv_format != "bf16":
+            raise BadSettingError(
+                f"kv_format={self.kv_format!r} cannot be used: {name} runs in transformers.",
+                "GGUF files (q4_0), which run in llama.cpp, have it.",
+                'Leave kv_format="bf16", or take format="q4_0".',
+            )
+
+    def check_memory(self, name: str, size: str | None, format: str, engine: str, weights: int | None = None) -> None:
+        """Refuse what cannot fit; what cannot be read refuses nothing.
+
+        Args:
+            name: What to call it.
+            size: A size of the catalog, None where it is none.
+            format: Of the catalog.
+            engine: That runs it.
+            weights: Bytes of the weights, to go by where there is no such checkpoint in the catalog.
+
+        Raises:
+            NotEnoughMemoryError: The message says what fits.
+            BadSettingError: A context that the model does not take.
+        """
+        from gemma_qat_kit.environment import free_memory
+
+        ram, gpu = free_memory()
+        # PyPI's llama.cpp has no GPU code, so a GGUF needs RAM wherever it runs.
+        gpu = None if self.device == "cpu" or engine == "llama_cpp" else gpu
+        available = gpu.free_bytes if gpu else ram
+        needed = self._needed(size, format, "cuda" if gpu else "cpu", weights)
+        if available is None or needed <= available:
+            return
+        kind = "GPU memory" if gpu else "memory"
+        raise NotEnoughMemoryError(
+            f"{name} needs {readable_bytes(needed)} of {kind}; {readable_bytes(available)} are free.",
+            "Weights, key/value cache and the engine's buffers must fit.",
+            f"Close other models, or load what fits: {self._what_fits(name.split()[0], available)}.",
+        )
+
+    def _needed(self, size: str | None, format: str, device: str, weights: int | None) -> int:
+        """Return the bytes that a plan needs on the device, or those of the weights where no plan can be made."""
+        try:
+            plan = self._plan(size, format, device)
+        except ValueError:
+            if weights is None:
+                raise
+            return weights
+        return plan.in_place("gpu") if device == "cuda" else plan.needed_bytes
+
+    def _plan(self, size: str | None, format: str | None, device: str | None) -> MemoryPlan:
+        return plan_memory(
+            size,
+            format,
+            device=device,
+            context_length=self.context_length,
+            text_only=self.text_only,
+            per_layer_table=self.per_layer_table,
+            kv_format=self.kv_format,
+            drafter=self.drafter,
+        )
+
+    def _what_fits(self, size: str, available: int) -> str:
+        """Return the call for the largest QAT checkpoint that fits, the size that was asked for first."""
+        small = replace(self, context_length=2048, text_only=True, drafter=False, per_layer_table="disk",
+                        kv_format="bf16")  # fmt: skip
+        for other, format in ((size, "q4_0"), *_CHEAPER):
+            try:
+                if small._plan(other, format, "cpu").needed_bytes <= available:
+                    return f'gqk.load("{other}"' + (f', "{format}")' if format else ")")
+            except ValueError:
+                continue  # a path, or no such checkpoint
+        return f'gqk.load("{BUILT_IN_SIZE}")'
