@@ -7,11 +7,12 @@ import functools
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 
 from gemma_qat_kit.catalog import SIZES
 from gemma_qat_kit.memory.measure import MemoryOverTime, measure_memory
 from gemma_qat_kit.memory.measure_samples import PLACES_IN_MEMORY
-from gemma_qat_kit.memory.parts import ACTIVATIONS, ENGINE, WEIGHTS, Part, Parts, merged
+from gemma_qat_kit.memory.parts import ACTIVATIONS, ENGINE, KEY_VALUES, LOGITS, WEIGHTS, Part, Parts, merged
 from gemma_qat_kit.memory.plan import MemoryPlan, plan_for
 from gemma_qat_kit.memory.receipts import record
 from gemma_qat_kit.memory.receipts_file import receipts_path, warn_once
@@ -102,9 +103,17 @@ def _record_chat(model, reply, use: MemoryOverTime) -> None:
     num_tokens = (reply.prompt_tokens or 0) + reply.new_tokens
     length = num_tokens if model.engine == "transformers" and reply.prompt_tokens else model.context_length
     settings = settings_of(model, length)
-    measured = _at_peak(model.memory(), use)
-    record("chat", settings or _known(model, length), settings and _plan(settings), measured,
+    predicted, measured = settings and _plan(settings), _at_peak(model.memory(), use)
+    if predicted and model.engine == "transformers":
+        predicted = _with_work_in_one(predicted)
+    record("chat", settings or _known(model, length), predicted, measured,
            seconds=round(reply.seconds, 3), tokens=num_tokens)  # fmt: skip
+
+
+def _with_work_in_one(plan: Parts) -> Parts:
+    """Count cache and logits as activations: transformers frees all three together, so only their sum is measured."""
+    freed = (KEY_VALUES, LOGITS)
+    return Parts(merged(replace(part, name=ACTIVATIONS) if part.name in freed else part for part in plan.placed))
 
 
 def _at_peak(held: Parts, use: MemoryOverTime) -> Parts:

@@ -74,7 +74,10 @@ def test_an_answer_leaves_a_receipt_with_the_plan_for_its_length():
     reply = model(runner).chat("Why?")
     (row,) = receipts()
     assert (row.event, row.name, row.settings["context_length"]) == ("chat", "smollm2-135m float32", 23)
-    assert row.predicted.total_bytes == plan_memory("smollm2-135m", "float32", context_length=23).total_bytes
+    plan = plan_memory("smollm2-135m", "float32", context_length=23)
+    work = sum(plan.parts.get(name, 0) for name in (KEY_VALUES, ACTIVATIONS, LOGITS))
+    assert row.predicted.total_bytes == plan.total_bytes
+    assert row.predicted.parts[ACTIVATIONS] == work  # which transformers frees together
     assert row.measured.parts[TEXT_LAYERS] == 300 * MIB
     assert (row.numbers["tokens"], row.numbers["seconds"]) == (23, round(reply.seconds, 3))
     assert runner.measuring == [True, True, True]
