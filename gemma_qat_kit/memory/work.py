@@ -4,7 +4,7 @@ Widths and counts come from the config. The few constants are measured (`bench/m
 miss by) and named for what they stand for.
 """
 
-from gemma_qat_kit.memory.key_values import LLAMA_CPP_BATCH, kv_cache_bytes
+from gemma_qat_kit.memory.key_values import LLAMA_CPP_BATCH, kv_cache_bytes, rounded_up
 from gemma_qat_kit.memory.network import Network, find_network
 from gemma_qat_kit.memory.parts import ACTIVATIONS, ENGINE, LOGITS, Part
 from gemma_qat_kit.memory.settings import MemorySettings
@@ -18,6 +18,7 @@ UNPACK_CHUNK = 2**22  # weights of a mobile matrix that are unpacked at once
 TRANSFORMERS_RAM, TRANSFORMERS_LIBRARIES = 290 * MIB, 116 * MIB
 LLAMA_CPP_RAM, LLAMA_CPP_LIBRARIES = 100 * MIB, 60 * MIB
 CUDA_CONTEXT = 512 * MIB  # an estimate: a T4's driver takes 0.3 to 0.5 GiB before the first tensor, cuBLAS the rest
+_LLAMA_CPP_INPUTS = 32 * 1024  # token ids, positions and the like
 _MALLOC_SLACK = 1.3  # freed blocks that glibc keeps, over the tensors that live at once
 _UNPACKING_BYTES = 12  # per weight of a mobile matrix: int2 or int4 codes, int8, the stack of them, two bf16 products
 
@@ -37,7 +38,7 @@ def chat_parts(settings: MemorySettings) -> list[Part]:
     """Return activations and logits at the peak of an answer: the last chunk of the longest prompt."""
     place, network = "gpu" if settings.device == "cuda" else "ram", find_network(settings)
     if settings.engine == "llama_cpp":
-        return [Part(ACTIVATIONS, llama_cpp_compute_bytes(network), place),
+        return [Part(ACTIVATIONS, llama_cpp_compute_bytes(network, settings.context_length), place),
                 Part(LOGITS, 4 * network.vocab * settings.batch_size, "ram")]  # fmt: skip
     activations = prefill_bytes(network, settings) * settings.batch_size
     if settings.format == "mobile":
@@ -67,8 +68,25 @@ def _growing_cache(network: Network, length: int, chunk: int, value: int) -> int
     return 2 * full * value * length + with_chunk - without
 
 
-def llama_cpp_compute_bytes(network: Network) -> int:
-    """Return the bytes of llama.cpp's compute buffer, for a batch of 512 tokens in float32."""
-    mlp = max(layer.mlp for layer in network.layers)
-    per_layer = len(network.layers) * network.per_layer
-    return FLOAT32 * LLAMA_CPP_BATCH * (2 * mlp + 2 * per_layer + 4 * network.hidden)
+def llama_cpp_compute_bytes(network: Network, context_length: int) -> int:
+    """Return the bytes of llama.cpp's compute buffer for a batch of 512 tokens.
+
+    Float32 values per token and 16-bit masks, as llama.cpp reports them for each size and four context lengths; which
+    tensors share memory follows from its graph and differs with experts and per-layer embeddings.
+    """
+    hidden, mlps = network.hidden, {layer.mlp for layer in network.layers}
+    layer = network.layers[0]
+    if layer.num_experts:
+        values = 2 * layer.experts + (layer.num_experts + 7) * hidden
+    elif network.per_layer:
+        values = 2 * sum(mlps) + 2 * len(network.layers) * network.per_layer + 5 * hidden
+    else:
+        values = 2 * max(mlps) + 9 * hidden
+    length = rounded_up(context_length)
+    masked = length + min(length, rounded_up(network.window + LLAMA_CPP_BATCH)) * any_sliding(network)
+    return LLAMA_CPP_BATCH * (FLOAT32 * values + 2 * masked) + _LLAMA_CPP_INPUTS
+
+
+def any_sliding(network: Network) -> bool:
+    """Tell whether some layers see a window only."""
+    return not all(layer.is_full for layer in network.layers)
