@@ -21,6 +21,7 @@ _MODULE_OF = {
     "grid_report": "grid_report",
     "load": "load",
     "measure_memory": "memory.measure",
+    "measured_receipts": "memory.measured",
     "perplexity": "quality.comparison",
     "plan_memory": "memory.plan",
     "published_memory": "memory.published_table",

@@ -86,7 +86,8 @@ def test_every_widget_is_the_last_line_of_its_cell_and_said_again_in_words(noteb
     shown = [i for i, cell in enumerate(notebook.cells) if cell.cell_type == "code" and "widgets." in cell.source]
     assert shown
     for index in shown:
-        assert isinstance(_python(notebook.cells[index].source).body[-1], ast.Expr)
+        last = _python(notebook.cells[index].source).body[-1]
+        assert isinstance(last, ast.Expr | ast.With), "MemoryChart shows itself for as long as its block runs"
         assert notebook.cells[index + 1].cell_type == "markdown"
         assert "panel above" in notebook.cells[index + 1].source
 
@@ -138,6 +139,7 @@ def test_a_notebook_runs_from_top_to_bottom_offline(path, monkeypatch, tmp_path)
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setenv("GQK_RECEIPTS", str(tmp_path / "receipts.jsonl"))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(ROOT)]).strip(os.pathsep))
     notebook = _read(path)
     notebook.cells.append(nbformat.v4.new_code_cell(WHICH_WIDGETS))
@@ -149,7 +151,8 @@ def test_a_notebook_runs_from_top_to_bottom_offline(path, monkeypatch, tmp_path)
     assert outputs[-1].text.strip() == version("ipywidgets"), "the kernel is not the one that these tests are about"
     stored = notebook.metadata.widgets["application/vnd.jupyter.widget-state+json"]["state"].values()
     states = [state["state"] for state in stored]
-    {"00_start_here": _check_start_here, "01_quantize": _check_quantize}[path.stem](notebook, states)
+    checks = {"00_start_here": _check_start_here, "01_quantize": _check_quantize, "02_memory": _check_memory}
+    checks[path.stem](notebook, states)
 
 
 def _check_start_here(notebook, states):
@@ -184,6 +187,26 @@ def _check_quantize(notebook, states):
     assert "is not on a grid" in _cell(notebook, "gqk.grid_report").outputs[-1].data["text/html"]
     assert "verified" in _cell(notebook, "import tempfile").outputs[-1].data["text/html"]
     assert re.search("force|mass|gravit", _printed(notebook, "with gqk.load(file.path)"))
+
+
+def _check_memory(notebook, states):
+    shown = " ".join(str(state.get("value", "")) for state in states)
+    assert "E2B q4_0 on this machine" in shown
+    assert "Memory over time, measured" in shown
+    assert ">loaded<" in shown
+    assert "smollm2-135m q4_1, loaded here" in shown
+    assert "smollm2-135m q4_1 ran out of memory." in shown
+    assert any(state.get("description", "").startswith("Load: context_length=4096") for state in states)
+    assert _printed(notebook, "training = ").count("total in memory, predicted") == 2
+    assert "per-layer embeddings" in _cell(notebook, 'gqk.plan_memory("E2B", "mobile"').outputs[-1].data["text/plain"]
+    assert {row[1] for row in _table(notebook, "gqk.published_memory")} == {"11.4", "5.7", "2.9", "1.1", "0.84"}
+    figure = _cell(notebook, "import plotly").outputs[-1].data["application/vnd.plotly.v1+json"]
+    assert len(figure["data"]) == 5
+    assert [row[0] for row in _table(notebook, "gqk.receipts()")[:2]] == ["chat", "load"]
+    assert "Predicted" in _cell(notebook, "gqk.measured_receipts").outputs[-1].data["text/html"]
+    offers = _printed(notebook, "plan = gqk.plan_memory").splitlines()
+    assert offers
+    assert all(float(line.split()[0]) <= 12 for line in offers)
 
 
 def _cell(notebook, start):
