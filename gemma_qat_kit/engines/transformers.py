@@ -2,21 +2,22 @@
 
 import gc
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from gemma_qat_kit.engines import transformers_traps as traps
+from gemma_qat_kit.engines.allocator import give_freed_memory_back
 from gemma_qat_kit.engines.transformers_config import load_config
 from gemma_qat_kit.engines.transformers_gguf import load_gguf
+from gemma_qat_kit.engines.transformers_report import quiet, reporting
 from gemma_qat_kit.engines.transformers_stream import GenerateStream
 from gemma_qat_kit.errors import BadSettingError, BrokenCheckpointError, MissingLibraryError, ModelClosedError
 from gemma_qat_kit.generation import STOP_IDS, Message, Settings
 from gemma_qat_kit.gguf.header import longest_context
 from gemma_qat_kit.memory.parts import Part
 from gemma_qat_kit.memory.settings import check_context_length
-from gemma_qat_kit.progress import Progress, Report
+from gemma_qat_kit.progress import Report
 from gemma_qat_kit.quality.scoring import ModuleScorer
 
 _LIBRARIES = {"w4a16": ("compressed_tensors", "compressed-tensors"), "nf4": ("bitsandbytes",) * 2,
@@ -65,9 +66,11 @@ class TransformersEngine:
         self.device = (
             torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else torch.device(device)
         )
+        if self.device.type == "cpu":
+            give_freed_memory_back()
         self.dtype = torch.float32 if format == "float32" else best_dtype(self.device)
         self.context_length, self.stop_ids, self.drafter = context_length, STOP_IDS, None
-        with traps.repaired(), _quiet(), _reporting(report, weight_bytes):
+        with traps.repaired(), quiet(), reporting(report, weight_bytes):
             if format == "float32":
                 check_context_length(context_length, longest_context(folder) or context_length)
                 self.model, self.tokenizer, end = load_gguf(folder, self.device, report)
@@ -248,62 +251,3 @@ def _load_processor(folder: Path):
             "It needs pillow, a torchvision that matches torch, and the checkpoint's processor files.",
             "Install them, or load with text_only=True.",
         ) from err
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep back transformers' table of unused tensors (the towers, on purpose); missing ones are checked here."""
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-
-
-@contextmanager
-def _reporting(report: Report | None, weight_bytes: int | None) -> Iterator[None]:
-    """Send transformers' own loading bar to `report`, which may stop the load by raising."""
-    from transformers.utils import logging
-
-    if report is None:
-        yield
-        return
-    previous = logging.set_tqdm_hook(lambda factory, args, kwargs: _Bar(report, weight_bytes, args, kwargs))
-    try:
-        yield
-    finally:
-        logging.set_tqdm_hook(previous)
-
-
-class _Bar:
-    """The part of tqdm that transformers uses while loading; it counts tensors, which are taken as equally large."""
-
-    def __init__(self, report: Report, weight_bytes: int | None, args: tuple, kwargs: dict):
-        self._report, self._bytes, self._last, self._done = report, weight_bytes, 0.0, 0
-        self._items = args[0] if args else kwargs.get("iterable", ())
-        self._total = kwargs.get("total") or (len(self._items) if hasattr(self._items, "__len__") else 0)
-
-    def __iter__(self):
-        for item in self._items:
-            yield item
-            self.update()
-
-    def update(self, count: int = 1) -> None:
-        self._done += count
-        now = time.monotonic()
-        if self._total and (now - self._last > 0.1 or self._done == self._total):
-            self._last = now
-            total = self._bytes or self._total
-            self._report(Progress("loading", total * self._done // self._total, total))
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        return None
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *args, **kwargs: None
