@@ -1,5 +1,6 @@
 """What a loaded model says that it holds: every byte of its process once, under the name of its component."""
 
+import io
 import mmap
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 import gemma_qat_kit as gqk
 from gemma_qat_kit import testing
 from gemma_qat_kit.engines.llama_cpp_buffers import Buffer, buffer_parts, find_buffers
+from gemma_qat_kit.engines.llama_cpp_process import first_error
 from gemma_qat_kit.engines.resident import FilePages, file_pages
 from gemma_qat_kit.gguf.header import read_gguf_header
 from gemma_qat_kit.layouts import bf16_tensors, is_text
@@ -54,6 +56,14 @@ def test_buffers_of_a_gpu_are_told_from_those_in_ram():
         Part(ACTIVATIONS, 310 * MIB, "gpu"),  # the second time replaces the first
         Part(ACTIVATIONS, 9 * MIB, "ram"),
     }
+
+
+def test_an_error_is_told_from_what_the_log_quotes_of_a_file():
+    log = io.BytesIO(
+        b"0.00.050.844 I llama_model_loader: - kv 20: tokenizer.chat_template str = {{ raise('error') }}\n"
+        b"0.00.050.845 E llama_model_load: error loading model: tensor 'a' not found\n"
+    )
+    assert first_error(log) == "tensor 'a' not found"
 
 
 def test_a_log_without_buffers_has_no_parts():

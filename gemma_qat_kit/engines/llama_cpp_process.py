@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -12,6 +13,7 @@ from gemma_qat_kit.errors import BrokenCheckpointError, KitError, MissingLibrary
 from gemma_qat_kit.machine import read_cpu_count
 from gemma_qat_kit.memory.measure_process import ProcessMemory, process_memory
 
+_INFORMATION = re.compile(r"[\d.]+ [IDT] ")  # what llama.cpp's log marks as such; it quotes from the file
 _NO_MEMORY = ("bad_alloc", "out of memory", "failed to allocate", "unable to allocate")
 
 
@@ -60,7 +62,8 @@ def load_error(child: subprocess.Popen, log: IO[bytes], path: Path, error: str) 
 
 def first_error(log: IO[bytes]) -> str:
     """Return the first error in the log, which the later ones follow from."""
-    telling = [line for line in read_log(log).splitlines() if "GGML_ASSERT" in line or "error" in line.lower()]
+    lines = [line for line in read_log(log).splitlines() if not _INFORMATION.match(line)]
+    telling = [line for line in lines if "GGML_ASSERT" in line or "error" in line.lower()]
     return telling[0].rpartition("error loading model: ")[2][-300:] if telling else ""
 
 
