@@ -2,9 +2,10 @@
 
 import os
 import statistics
+from pathlib import Path
 
 import pytest
-from lab import CHROMIUM, notebook_page, photograph, run_cells, run_code
+from lab import CHROMIUM, ROOT, notebook_page, photograph, run_cells, run_code
 
 pytestmark = [
     pytest.mark.browser,
@@ -68,20 +69,49 @@ chat()
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    """A notebook with the memory panel."""
-    with notebook_page(tmp_path_factory.mktemp("lab")) as page:
-        run_cells(page, "all-above", "SIZE =")
-        run_code(page, SETUP)
-        run_code(page, "panel = widgets.MemoryPanel('E2B', 'bf16'); panel")
-        page.wait_for_selector(".gqk-memory-figure svg")
-        yield page
+    """The notebook, run to its end, and a panel below it for these tests."""
+    folder = tmp_path_factory.mktemp("lab")
+    os.environ["GQK_RECEIPTS"] = str(folder / "receipts.jsonl")
+    try:
+        with notebook_page(folder, "notebooks/02_memory.ipynb") as page:
+            run_cells(page)
+            run_code(page, SETUP)
+            run_code(page, "panel = widgets.MemoryPanel('E2B', 'bf16'); panel")
+            page.wait_for_function("document.querySelectorAll('.gqk-memory').length === 3")
+            yield page
+    finally:
+        os.environ["GQK_RECEIPTS"] = "off"
 
 
 @pytest.fixture
 def panel(page):
-    panel = page.locator(".gqk-memory").first
+    panel = page.locator(".gqk-memory").last
     panel.scroll_into_view_if_needed()
     return panel
+
+
+def test_the_notebook_runs_to_its_end(page):
+    assert page.locator(".jp-Notebook [data-mime-type='application/vnd.jupyter.stderr']").count() == 0
+    notebook = page.locator(".jp-Notebook")
+    notebook.locator(".gqk-memory-chart svg :text('loaded')").wait_for()
+    notebook.locator(".gqk-memory-compared :text('smollm2-135m q4_1, loaded here')").wait_for()
+    assert notebook.locator(".js-plotly-plot .scatterlayer .trace").count() == 5
+    assert notebook.locator("tr:has-text('Mobile, text only')").count() == 1
+    assert notebook.locator(".jp-OutputArea-output:has-text('not yet')").count() == 3
+
+
+def test_the_picture_of_the_readme_can_be_drawn_again(page, tmp_path):
+    folder = ROOT / "docs" if os.environ.get("GQK_PICTURES") else Path(os.environ.get("GQK_SCREENSHOTS") or tmp_path)
+    page.locator("h2:has-text('Does it fit')").click()  # so that neither a control nor the cell is the selected one
+    panel = page.locator(".gqk-memory").first
+    panel.scroll_into_view_if_needed()
+    panel.locator(".gqk-memory-size select").select_option("12B")
+    panel.locator(".gqk-memory-status :text('12B q4_0')").wait_for()
+    panel.locator(".gqk-memory-size select").blur()
+    page.mouse.move(0, 0)
+    page.wait_for_timeout(500)
+    panel.screenshot(path=folder / "memory_panel.png")
+    assert (folder / "memory_panel.png").stat().st_size < 150_000
 
 
 def _handle(panel, name):
@@ -146,7 +176,7 @@ def test_a_loaded_model_stands_beside_its_plan(page, panel):
 def test_a_chart_moves_while_its_cell_runs(page):
     page.evaluate(COUNT_CHARTS)
     run_code(page, CHART)
-    chart = page.locator(".gqk-memory-chart")
+    chart = page.locator(".gqk-memory-chart").last
     chart.locator("svg :text('300 MB')").wait_for()
     assert page.evaluate("window.gqkCharts") > 5, "its cell took three seconds, at four pictures a second"
     page.wait_for_selector(".jp-OutputArea-output:has-text('measuring: False')")
@@ -154,7 +184,7 @@ def test_a_chart_moves_while_its_cell_runs(page):
 
 def test_out_of_memory_offers_a_button_that_loads_with_less(page):
     run_code(page, FAILS)
-    panel = page.locator(".gqk-oom")
+    panel = page.locator(".gqk-oom").last
     assert panel.locator(".gqk-error p").count() == 3
     panel.locator("button", has_text="a context of 512 tokens").click()
     panel.locator(".gqk-oom-status :text('Loaded as `model`')").wait_for()

@@ -199,7 +199,8 @@ def _check_memory(notebook, states):
     assert any(state.get("description", "").startswith("Load: context_length=4096") for state in states)
     assert _printed(notebook, "training = ").count("total in memory, predicted") == 2
     assert "per-layer embeddings" in _cell(notebook, 'gqk.plan_memory("E2B", "mobile"').outputs[-1].data["text/plain"]
-    assert {row[1] for row in _table(notebook, "gqk.published_memory")} == {"11.4", "5.7", "2.9", "1.1", "0.84"}
+    published = [row[1] for row in _table(notebook, "gqk.published_memory") if len(row) == 5]
+    assert published == ["11.4", "5.7", "2.9", "1.1", "0.84"]
     figure = _cell(notebook, "import plotly").outputs[-1].data["application/vnd.plotly.v1+json"]
     assert len(figure["data"]) == 5
     assert [row[0] for row in _table(notebook, "gqk.receipts()")[:2]] == ["chat", "load"]

@@ -3,7 +3,7 @@
 import functools
 import html
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -26,11 +26,11 @@ FIGURES = {"E2B": ("11.4", "5.7", "2.9", "1.1", "0.84"), "E4B": ("17.9", "8.9", 
 MARGIN = 1.2  # for loading, as the page says
 _BYTES = {BF16: 2, SFP8: 1, Q4_0: 0.5}  # per parameter
 _FORMATS = {BF16: "bf16", Q4_0: "q4_0", MOBILE: "mobile", MOBILE_TEXT: "mobile"}
-_HEADINGS = ("Google", "Its rule", "File", "In memory")
+_HEADINGS = ("Google", "Rule", "File", "Memory")
 _LEGEND = (
     "Weights only, in GiB (2³⁰ bytes): no key/value cache, no activations, no engine. Google: as printed on {source}, "
-    "read {date}. Its rule: the same number, computed. File: the download, to the byte. In memory: the weights "
-    "that have to be there when this kit runs it."
+    "read {date}. Rule: the same number, computed. File: the download, to the byte. Memory: the weights that "
+    "have to be there when this kit runs it."
 )
 
 
@@ -89,9 +89,9 @@ class PublishedMemory(Sequence):
         groups = groupby(self.rows, key=lambda row: row.size)
         heads = "".join(f'<th class="gqk-bytes" scope="col">{name}</th>' for name in _HEADINGS)
         return (
-            f'{PANEL_STYLE}<div class="gqk-panel"><table class="gqk-table"><thead><tr><th scope="col">Size</th>'
-            f'<th scope="col">Column</th>{heads}<th scope="col">Why they differ</th></tr></thead>'
-            f"{''.join(_html_group(size, list(rows)) for size, rows in groups)}</table>"
+            f'{PANEL_STYLE}<div class="gqk-panel"><table class="gqk-table" style="max-width:46em"><thead><tr>'
+            f'<th scope="col">Column</th>{heads}</tr></thead>'
+            f"{''.join(_html_group(size, rows) for size, rows in groups)}</table>"
             f'<div class="gqk-dim">{html.escape(_legend())}</div></div>'
         )
 
@@ -170,10 +170,10 @@ def _reason(size: str, column: str, rule_bytes: int, file_bytes: int | None) -> 
         return f"{count} at 8 bits and 20 %. Nothing is published in this format."
     if column == Q4_0:
         share = file_bytes / rule_bytes - 1
-        verdict = f"{abs(share):.0%} {'larger than the table says' if share > 0 else 'smaller, thanks to the margin'}"
+        verdict = "larger than the table says" if share > 0 else "smaller, thanks to the margin"
         return (
             f"{count} at 4.0 bits and 20 %. A block of Q4_0 takes 4.5 bits, the embeddings are Q6_K (6.56), vision and "
-            f"audio are in another file: it is {verdict}."
+            f"audio are in another file: this one is {abs(share) * 100:.0f} % {verdict}."
         )
     table = readable_bytes(_table_bytes(size, "mobile"))
     if column == MOBILE:
@@ -198,14 +198,17 @@ def _numbers(row: PublishedCell) -> tuple[str, ...]:
     return row.figure, row.reproduced, *("–" if nbytes is None else f"{nbytes / GIB:#.3g}" for nbytes in real)
 
 
-def _html_group(size: str, rows: Sequence[PublishedCell]) -> str:
-    heading = f'<th class="gqk-size" scope="rowgroup" rowspan="{len(rows)}">{html.escape(size)}</th>'
-    lines = [f"<tr>{heading if i == 0 else ''}{_html_cells(row)}</tr>" for i, row in enumerate(rows)]
-    return f"<tbody>{''.join(lines)}</tbody>"
+def _html_group(size: str, rows: Iterable[PublishedCell]) -> str:
+    heading = f'<tr><th class="gqk-size" scope="rowgroup" colspan="{1 + len(_HEADINGS)}">{html.escape(size)}</th></tr>'
+    return f"<tbody>{heading}{''.join(map(_html_rows, rows))}</tbody>"
 
 
-def _html_cells(row: PublishedCell) -> str:
+def _html_rows(row: PublishedCell) -> str:
+    """Draw a cell's numbers, and below them the reason, which has the width of the page on a phone, too."""
     numbers = "".join(f'<td class="gqk-bytes">{html.escape(text)}</td>' for text in _numbers(row))
     format = _FORMATS.get(row.column)
     dot = format_label(format).removesuffix(format) if format else ""
-    return f'<td>{dot}{html.escape(row.column)}</td>{numbers}<td class="gqk-text">{html.escape(row.reason)}</td>'
+    return (
+        f"<tr><td>{dot}{html.escape(row.column)}</td>{numbers}</tr><tr>"
+        f'<td class="gqk-text gqk-dim" style="padding-bottom:8px" colspan="{1 + len(_HEADINGS)}">{html.escape(row.reason)}</td></tr>'
+    )

@@ -8,7 +8,7 @@ from gemma_qat_kit.catalog import FORMAT_COLOURS, PANEL_STYLE
 from gemma_qat_kit.memory.receipts_line import Receipt
 from gemma_qat_kit.units import readable_bytes
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 440, 340, 68, 20, 30, 44
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 440, 340, 68, 30, 30, 44
 BAND = 0.05  # how far a plan may be off
 _MOST_ROWS, _MOST_POINTS, _MOST_LABELS, _LABEL_GAP = 20, 1000, 12, 14
 _GREY = "#888888"  # reads on light and on dark

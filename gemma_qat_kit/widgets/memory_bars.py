@@ -157,12 +157,12 @@ def _limit(bar: Bar, y: float, end: float) -> str:
 
 def draw_axis(y: float, end: float) -> str:
     """Draw the axis under the bars, in GiB."""
-    count = 4 if (end / GIB / 4) * 2 % 1 == 0 else 3
+    count = 4 if end == GIB or (end / GIB / 4) * 2 % 1 == 0 else 3
     drawn = [f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}" stroke="currentColor" opacity=".5"/>']
     for step in range(count + 1):
         x, value = _x(step * end / count, end), step * end / count / GIB
         drawn.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{y}" y2="{y + 4}" stroke="currentColor" opacity=".5"/>')
-        name, anchor = (f"{value:g} GiB", "end") if step == count else (f"{value:g}", "middle")
+        name, anchor = (f"{value:.3g} GiB", "end") if step == count else (f"{value:.3g}", "middle")
         drawn.append(text(x + RIGHT * (step == count), y + 16, name, anchor, size=10.5))
     return "".join(drawn)
 

@@ -28,7 +28,7 @@ from gemma_qat_kit.widgets.memory_picture import (
 
 _TASKS = (("chat", "chat"), ("fine-tune (LoRA)", "finetune"), ("QAT, every weight", "qat"))
 _TABLES = (("left on disk", "disk"), ("in RAM", "cpu"), ("with the rest", "memory"))
-_DEVICES = (("what is usual", None), ("the GPU", "cuda"), ("the CPU", "cpu"))
+_DEVICES = (("what is usual", ""), ("the GPU", "cuda"), ("the CPU", "cpu"))
 _BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 _CONTEXT, _SEQUENCE = 4096, 1024
 _STALE = '<div style="opacity:.35" aria-hidden="true">{}</div>'
@@ -110,7 +110,7 @@ class MemoryPanel(widgets.VBox):
         Raises:
             KitError: As for `plan`.
         """
-        settings, device = self._settings(), self._controls["device"].value
+        settings, device = self._settings(), self._controls["device"].value or None
         return tuple(room(settings, budget, device) for budget in self._budgets)
 
     def picture(self) -> MemoryPicture:

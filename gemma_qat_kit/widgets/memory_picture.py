@@ -27,6 +27,7 @@ _SIGNS = {True: "✓", False: "✗", None: "?"}
 _PLACES = {"gpu": "GPU", "ram": "RAM", "mapped": "pages", "disk": "on disk"}
 _THIN, _ROW = 7, 18  # pixels: the bar of a memory that is not the device's own; the words above a bar
 STYLE = """<style>
+.gqk-memory .widget-html-content { min-width: 0; width: 100%; }
 .gqk-memory-figure { display: flex; flex-wrap: wrap; gap: 8px 28px; align-items: flex-start; margin: 0; }
 .gqk-memory-figure > svg { flex: 1 1 300px; min-width: 0; }
 .gqk-memory-figure > .gqk-panel { flex: 1 1 270px; min-width: 0; }
@@ -42,6 +43,10 @@ STYLE = """<style>
   display: inline-block; width: .8em; height: .8em; margin-right: .5em; border: 1px solid rgba(127, 127, 127, .8);
 }
 .gqk-memory-figure .gqk-small { font-size: .85em; opacity: .75; }
+@media (max-width: 640px) {
+  .gqk-memory-figure .gqk-small { white-space: normal; }
+  .gqk-memory-figure .gqk-panel .gqk-table .gqk-name { min-width: 5.5em; }
+}
 </style>"""
 KEY = (
     "Full colour: GPU or private memory. Stripes: pages of the file, which the system can take back; pale stripes: it "
