@@ -59,9 +59,9 @@ def test_the_longest_cache_outgrows_the_weights():
 
 
 def _longest_of_12b():
-    """The longest context that fits 8 GiB, a thousand tokens at a time."""
+    """The longest context that fits 10 GiB, a thousand tokens at a time."""
     lengths = range(1024, 262_144, 1024)
-    return max(n for n in lengths if plan_memory("12B", "q4_0", context_length=n).fits(8 * GIB))
+    return max(n for n in lengths if plan_memory("12B", "q4_0", context_length=n).fits(10 * GIB))
 
 
 @pytest.mark.parametrize(

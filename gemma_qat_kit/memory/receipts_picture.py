@@ -8,6 +8,12 @@ from gemma_qat_kit.catalog import FORMAT_COLOURS, PANEL_STYLE
 from gemma_qat_kit.memory.receipts_line import Receipt
 from gemma_qat_kit.units import readable_bytes
 
+_STYLE = """<style>.gqk-receipts .gqk-model{white-space:normal;min-width:9em}
+@media (max-width:640px){
+.gqk-panel.gqk-receipts .gqk-table{font-size:11px}
+.gqk-panel.gqk-receipts .gqk-table th,.gqk-panel.gqk-receipts .gqk-table td{padding-right:5px}
+.gqk-panel.gqk-receipts .gqk-table th,.gqk-panel.gqk-receipts .gqk-table td:first-child{white-space:normal}
+.gqk-receipts .gqk-model{min-width:6em}}</style>"""
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 440, 340, 68, 30, 30, 44
 BAND = 0.05  # how far a plan may be off
 _MOST_ROWS, _MOST_POINTS, _MOST_LABELS, _LABEL_GAP = 20, 1000, 12, 14
@@ -40,7 +46,8 @@ def draw(receipts) -> str:
     runs = "".join(map(_run_html, _shown(receipts)))
     parts = "".join(_html_row(cells[:1], cells[1:]) for cells in map(_escaped, _error_cells(receipts)))
     return (
-        f'{PANEL_STYLE}<div class="gqk-panel">{_html_table(("Run", "Model", *_HEADINGS[3:]), runs, 2)}{notes}'
+        f'{PANEL_STYLE}{_STYLE}<div class="gqk-panel gqk-receipts">'
+        f"{_html_table(('Run', 'Model', *_HEADINGS[3:]), runs, 2)}{notes}"
         f"{_svg(receipts)}{_html_table(_ERROR_HEADINGS, parts, 1)}"
         f'<div class="gqk-dim">{html.escape(_NOTE)}</div></div>'
     )
@@ -118,9 +125,7 @@ def _run_html(row: Receipt) -> str:
     """Draw one run: the settings stand below the model, and the predicted number is slanted."""
     event, name, settings, predicted, *others = map(html.escape, _cells(row))
     dot = f'<span class="gqk-dot" style="background:{_colour(row)}" aria-hidden="true"></span>'
-    model = (
-        f'<div style="white-space:normal;min-width:9em">{dot}{name}<br><span class="gqk-dim">{settings}</span></div>'
-    )
+    model = f'<div class="gqk-model">{dot}{name}<br><span class="gqk-dim">{settings}</span></div>'
     return _html_row([event, model], [f"<i>{predicted}</i>", *others])
 
 
