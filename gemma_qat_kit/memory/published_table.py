@@ -209,6 +209,7 @@ def _html_rows(row: PublishedCell) -> str:
     format = _FORMATS.get(row.column)
     dot = format_label(format).removesuffix(format) if format else ""
     return (
-        f"<tr><td>{dot}{html.escape(row.column)}</td>{numbers}</tr><tr>"
-        f'<td class="gqk-text gqk-dim" style="padding-bottom:8px" colspan="{1 + len(_HEADINGS)}">{html.escape(row.reason)}</td></tr>'
+        f"<tr><td>{dot}{html.escape(row.column)}</td>{numbers}</tr>"
+        f'<tr><td class="gqk-text gqk-dim" style="padding-bottom:8px" colspan="{1 + len(_HEADINGS)}">'
+        f"{html.escape(row.reason)}</td></tr>"
     )
