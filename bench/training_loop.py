@@ -6,6 +6,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from gemma_qat_kit.formats.quantized import fake_quantize
+from gemma_qat_kit.load import load
+from gemma_qat_kit.memory.measure import measure_memory
+from gemma_qat_kit.memory.parts import ACTIVATIONS, ENGINE, TEXT_LAYERS, Part, Parts
+from gemma_qat_kit.memory.plan import plan_memory
+from gemma_qat_kit.memory.receipts import record
 from gemma_qat_kit.memory.settings import MemorySettings
 
 
@@ -73,3 +78,15 @@ def _loss(model: nn.Module, ids: torch.Tensor, chunk_length: int) -> torch.Tenso
 
 def _chunk_loss(head: nn.Module, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return nn.functional.cross_entropy(head(hidden).float(), labels, reduction="sum")
+
+
+def measure_training(changes: dict) -> None:
+    """Train the built-in model for a few steps and keep the receipt: the plan, and the most memory at once."""
+    plan = plan_memory("smollm2-135m", "float32", **changes)
+    with load("smollm2-135m", "float32", device="cpu", report=lambda progress: None) as model:
+        with measure_memory() as use:
+            train(model.hf[0], plan.settings)
+        weights = [part for part in model.memory().placed if part.name == TEXT_LAYERS]
+    work = use.peak.in_place("ram") - sum(part.nbytes for part in weights)
+    measured = Parts((*weights, Part(ACTIVATIONS, work, "ram"), Part(ENGINE, use.peak.in_place("mapped"), "mapped")))
+    record("train", plan.settings, plan, measured)

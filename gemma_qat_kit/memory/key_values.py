@@ -3,6 +3,7 @@
 from gemma_qat_kit.memory.network import Layer, Network
 
 LLAMA_CPP_BATCH = 512  # tokens that llama.cpp computes at once; sliding layers hold so many beyond their window
+LLAMA_CPP_CHECKPOINTS = 2  # copies of the sliding layers' window that it keeps, to go back to in a conversation
 _CELLS = 256  # llama.cpp rounds the length of a cache up to a multiple of this
 
 
@@ -27,6 +28,12 @@ def kv_cache_bytes(
     own = (layer for layer in network.layers if not layer.is_shared)
     values = sum(2 * layer.key * _kept(layer, network.window, context_length, engine) for layer in own)
     return round(values * bytes_per_value) * batch_size
+
+
+def checkpoint_bytes(network: Network, context_length: int, bytes_per_value: float = 2) -> int:
+    """Return what llama.cpp's copies of the sliding layers' window take, once a prompt is longer than that."""
+    sliding = sum(2 * layer.key for layer in network.layers if not (layer.is_full or layer.is_shared))
+    return LLAMA_CPP_CHECKPOINTS * round(sliding * bytes_per_value) * min(network.window, context_length)
 
 
 def _kept(layer: Layer, window: int, context_length: int, engine: str) -> int:

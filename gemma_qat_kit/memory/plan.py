@@ -159,11 +159,10 @@ def check_possible(settings: MemorySettings) -> None:
 
 
 def _kv_bytes(settings: MemorySettings) -> int:
-    is_float32 = settings.format == "float32"
     return kv_cache_bytes(
         find_network(settings),
         settings.context_length,
         engine=settings.engine,
-        bytes_per_value=4 if is_float32 else KV_FORMATS[settings.kv_format],
+        bytes_per_value=4 if settings.format == "float32" else KV_FORMATS[settings.kv_format],
         batch_size=settings.batch_size,
     )

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from gemma_qat_kit.architectures import drafter_config, hf_config
-from gemma_qat_kit.catalog import BUILT_IN_SIZE, find_checkpoint
+from gemma_qat_kit.catalog import BUILT_IN_SIZE
 from gemma_qat_kit.layouts import (
     Tensor,
     bf16_tensors,
@@ -14,10 +14,12 @@ from gemma_qat_kit.layouts import (
     is_text,
     mobile_tensors,
 )
+from gemma_qat_kit.memory.network import find_network
 from gemma_qat_kit.memory.parts import AUDIO, DRAFTER, EMBEDDINGS, REPACKED, TABLE, TEXT_LAYERS, VISION, Part, merged
 from gemma_qat_kit.memory.settings import MemorySettings
 
 BUILT_IN_PARAMETERS = 134_515_008  # HuggingFaceTB/SmolLM2-135M-Instruct, as the hub counts them
+BUILT_IN_TENSOR_BYTES, BUILT_IN_EMBEDDING_BYTES = 96_576_768, 30_081_024  # of its Q4_1 file; embeddings are Q8_0
 _BITS = {"nf4": 4.5, "int8": 8}  # bitsandbytes: a float32 scale per 64 weights; a row scale is a rounding error
 # Formats whose tensors transformers uses as they lie in the file; on a CPU it then reads the file's pages in place.
 _AS_STORED = ("bf16", "q4_0-unquantized", "mobile")
@@ -40,7 +42,7 @@ def weight_parts(settings: MemorySettings) -> tuple[Part, ...]:
 
 @dataclass(frozen=True)
 class _Sum:
-    """Bytes of a component's tensors that an engine treats alike."""
+    """Bytes of a component's tensors that an engine treats alike; rows of a token table are looked up."""
 
     name: str
     nbytes: int
@@ -59,16 +61,21 @@ def _sums_of_size(size: str, format: str, text_only: bool) -> tuple[_Sum, ...]:
 def _add_up(tensors: Iterator[Tensor], format: str) -> tuple[_Sum, ...]:
     sums: dict[tuple[str, str, bool], int] = {}
     for tensor in tensors:
-        key = part_of(tensor.name), tensor.dtype, tensor.name == "token_embd.weight"
+        is_token_table = tensor.name == "token_embd.weight" or "embed_tokens.embedding_" in tensor.name
+        key = part_of(tensor.name), tensor.dtype, is_token_table
         sums[key] = sums.get(key, 0) + _nbytes(tensor, format)
     return tuple(_Sum(name, nbytes, dtype, is_table) for (name, dtype, is_table), nbytes in sums.items())
 
 
 def _built_in(settings: MemorySettings) -> tuple[Part, ...]:
+    network = find_network(settings)
+    embeddings, everything = network.vocab * network.hidden, BUILT_IN_PARAMETERS
     if settings.format == "float32":
-        return (Part(TEXT_LAYERS, 4 * BUILT_IN_PARAMETERS, device_place(settings)),)
-    place = "gpu" if settings.device == "cuda" else "mapped"
-    return (Part(TEXT_LAYERS, find_checkpoint(BUILT_IN_SIZE).weights_bytes, place),)
+        place, embeddings, everything = device_place(settings), 4 * embeddings, 4 * everything
+    else:
+        place = "gpu" if settings.device == "cuda" else "mapped"
+        embeddings, everything = BUILT_IN_EMBEDDING_BYTES, BUILT_IN_TENSOR_BYTES
+    return Part(TEXT_LAYERS, everything - embeddings, place), Part(EMBEDDINGS, embeddings, place)
 
 
 def device_place(settings: MemorySettings) -> str:
@@ -102,9 +109,10 @@ def _placed(total: _Sum, settings: MemorySettings) -> Iterator[Part]:
         yield Part(name, nbytes, "disk" if settings.per_layer_table == "disk" else "ram")
     elif settings.device == "cuda":
         yield Part(name, nbytes, "gpu")
+    elif settings.format in _AS_STORED and name != TABLE:
+        yield Part(name, nbytes, "disk" if total.is_token_table else "mapped")  # mobile has a head of its own
     else:
-        is_in_place = settings.format in _AS_STORED and name != TABLE
-        yield Part(name, nbytes, "mapped" if is_in_place else "ram")
+        yield Part(name, nbytes, "ram")
 
 
 def _placed_by_llama_cpp(total: _Sum, settings: MemorySettings) -> Iterator[Part]:

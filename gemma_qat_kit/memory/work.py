@@ -4,19 +4,19 @@ Widths and counts come from the config. The few constants are measured (`bench/m
 miss by) and named for what they stand for.
 """
 
-from gemma_qat_kit.memory.key_values import LLAMA_CPP_BATCH, kv_cache_bytes, rounded_up
+from gemma_qat_kit.memory.key_values import LLAMA_CPP_BATCH, checkpoint_bytes, kv_cache_bytes, rounded_up
 from gemma_qat_kit.memory.network import Network, find_network
 from gemma_qat_kit.memory.parts import ACTIVATIONS, ENGINE, LOGITS, Part
-from gemma_qat_kit.memory.settings import MemorySettings
+from gemma_qat_kit.memory.settings import KV_FORMATS, MemorySettings
 from gemma_qat_kit.memory.training import FLOAT32, compute_bytes
 
 MIB = 2**20
 PREFILL_CHUNK = 512  # tokens of a prompt that transformers computes at once
 UNPACK_CHUNK = 2**22  # weights of a mobile matrix that are unpacked at once
 # Measured in fresh processes on Linux: torch and transformers imported and a model's thousands of modules made; the
-# pages of their shared libraries. llama.cpp: its child process and the Python that talks to it.
-TRANSFORMERS_RAM, TRANSFORMERS_LIBRARIES = 290 * MIB, 116 * MIB
-LLAMA_CPP_RAM, LLAMA_CPP_LIBRARIES = 100 * MIB, 60 * MIB
+# pages of their shared libraries. llama.cpp: its child process, whose tokenizer grows with the vocabulary.
+TRANSFORMERS_RAM, TRANSFORMERS_LIBRARIES = 300 * MIB, 116 * MIB
+LLAMA_CPP_RAM, LLAMA_CPP_LIBRARIES, _TOKEN_BYTES = 12 * MIB, 19 * MIB, 190
 CUDA_CONTEXT = 512 * MIB  # an estimate: a T4's driver takes 0.3 to 0.5 GiB before the first tensor, cuBLAS the rest
 _LLAMA_CPP_INPUTS = 32 * 1024  # token ids, positions and the like
 _MALLOC_SLACK = 1.3  # freed blocks that glibc keeps, over the tensors that live at once
@@ -24,22 +24,25 @@ _UNPACKING_BYTES = 12  # per weight of a mobile matrix: int2 or int4 codes, int8
 
 
 def engine_parts(settings: MemorySettings) -> list[Part]:
-    """Return what an engine takes before it has a model."""
+    """Return what an engine takes beside what it computes with; libraries are pages of files."""
     if settings.engine == "llama_cpp":
-        parts = [Part(ENGINE, LLAMA_CPP_RAM, "ram"), Part(ENGINE, LLAMA_CPP_LIBRARIES, "mapped")]
+        ram, libraries = LLAMA_CPP_RAM + _TOKEN_BYTES * find_network(settings).vocab, LLAMA_CPP_LIBRARIES
     else:
-        parts = [Part(ENGINE, TRANSFORMERS_RAM, "ram"), Part(ENGINE, TRANSFORMERS_LIBRARIES, "mapped")]
-    if settings.device == "cuda":
-        parts.append(Part(ENGINE, CUDA_CONTEXT, "gpu"))
-    return parts
+        ram, libraries = TRANSFORMERS_RAM, TRANSFORMERS_LIBRARIES
+    parts = [Part(ENGINE, ram, "ram"), Part(ENGINE, libraries, "mapped")]
+    return [*parts, Part(ENGINE, CUDA_CONTEXT, "gpu")] if settings.device == "cuda" else parts
 
 
 def chat_parts(settings: MemorySettings) -> list[Part]:
     """Return activations and logits at the peak of an answer: the last chunk of the longest prompt."""
     place, network = "gpu" if settings.device == "cuda" else "ram", find_network(settings)
     if settings.engine == "llama_cpp":
-        return [Part(ACTIVATIONS, llama_cpp_compute_bytes(network, settings.context_length), place),
-                Part(LOGITS, 4 * network.vocab * settings.batch_size, "ram")]  # fmt: skip
+        kept = checkpoint_bytes(network, settings.context_length, KV_FORMATS[settings.kv_format])
+        return [
+            Part(ACTIVATIONS, llama_cpp_compute_bytes(network, settings.context_length), place),
+            Part(LOGITS, FLOAT32 * network.vocab * settings.batch_size, "ram"),
+            Part(ENGINE, kept * settings.batch_size, "ram"),
+        ]
     activations = prefill_bytes(network, settings) * settings.batch_size
     if settings.format == "mobile":
         activations += _UNPACKING_BYTES * UNPACK_CHUNK
