@@ -33,11 +33,12 @@ TRAINING = (
 _CHAT = """
 import sys
 import gemma_qat_kit as gqk
+from gemma_qat_kit.testing import tiny_tokenizer
 path, length = sys.argv[1], int(sys.argv[2])
 with gqk.load(path, context_length=length, device="cpu", report=lambda progress: None) as model:
     num_tokens = length - 16 if model.engine == "transformers" else min(length - 16, 1500)
     text = "the cat sat on the mat and "
-    text *= num_tokens // len(model.runner.tokenize(text * 8)) * 8
+    text *= num_tokens // len(tiny_tokenizer().encode(text * 8).ids) * 8
     print(model.generate(text, max_new_tokens=8, temperature=0))
 """
 _TRAIN = """

@@ -40,7 +40,11 @@ def write_random_checkpoint(folder: Path, size: str, format: str) -> Path:
     text += b" " * (-len(text) % 8)
     with (folder / "model.safetensors").open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
+        shapes = {t.name.removesuffix("packed"): (t.shape[0], 8 * t.shape[1]) for t in tensors if t.dtype == "I32"}
         for tensor in tensors:
+            if tensor.name.endswith("weight_shape"):
+                file.write(np.array(shapes[tensor.name.removesuffix("shape")], np.int64).tobytes())
+                continue
             for chunk in random_bytes(tensor):
                 file.write(chunk)
     write_settings(folder, config)
@@ -60,8 +64,6 @@ def _random_chunk(tensor: Tensor, count: int) -> bytes:
     random = np.random.default_rng(len(tensor.name))
     if tensor.dtype in ("U8", "I8", "I32"):
         return random.bytes(count)
-    if tensor.dtype == "I64":
-        return np.array(tensor_shape_of(tensor), np.int64).tobytes()
     values = random.standard_normal(count // (4 if tensor.dtype == "F32" else 2), dtype=np.float32)
     if tensor.name.endswith("activation_scale"):
         values = np.zeros_like(values)  # not calibrated
@@ -72,11 +74,6 @@ def _random_chunk(tensor: Tensor, count: int) -> bytes:
     else:
         values *= 0.02
     return (values if tensor.dtype == "F32" else (values.view(np.uint32) >> 16).astype(np.uint16)).tobytes()
-
-
-def tensor_shape_of(tensor: Tensor) -> tuple[int, ...]:
-    """Return a `weight_shape`'s content; nothing reads it."""
-    return (0,) * tensor.num_values
 
 
 def _write_gguf(path: Path, config: dict) -> Path:

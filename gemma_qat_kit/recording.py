@@ -12,7 +12,7 @@ from dataclasses import replace
 from gemma_qat_kit.catalog import SIZES
 from gemma_qat_kit.memory.measure import MemoryOverTime, measure_memory
 from gemma_qat_kit.memory.measure_samples import PLACES_IN_MEMORY
-from gemma_qat_kit.memory.parts import ACTIVATIONS, ENGINE, KEY_VALUES, LOGITS, WEIGHTS, Part, Parts, merged
+from gemma_qat_kit.memory.parts import ACTIVATIONS, KEY_VALUES, LOGITS, Part, Parts, merged
 from gemma_qat_kit.memory.plan import MemoryPlan, plan_for
 from gemma_qat_kit.memory.receipts import record
 from gemma_qat_kit.memory.receipts_file import receipts_path, warn_once
@@ -85,17 +85,15 @@ def _quietly() -> Iterator[None]:
 
 
 def _record_load(model, use: MemoryOverTime) -> None:
-    """Compare what a loaded model holds with those parts of its plan that are there before the first question."""
+    """Compare what a loaded model holds with what its plan says of that moment."""
     if model.engine == "endpoint":
         return
     settings, held = settings_of(model), model.memory()
     plan = _plan(settings) if settings else None
-    is_there = (*WEIGHTS, ENGINE) if model.engine == "transformers" else None  # llama.cpp allocates everything
-    predicted = plan and Parts(tuple(p for p in plan.placed if is_there is None or p.name in is_there))
     peak = {"measured_peak_bytes": _at_peak(held, use).total_bytes}
     if plan is not None:
         peak["predicted_peak_bytes"] = plan.load_peak_bytes
-    record("load", settings or _known(model), predicted, held, seconds=round(use.after.seconds, 3), **peak)
+    record("load", settings or _known(model), plan and plan.loaded, held, seconds=round(use.after.seconds, 3), **peak)
 
 
 def _record_chat(model, reply, use: MemoryOverTime) -> None:

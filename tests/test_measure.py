@@ -243,3 +243,12 @@ def test_text_lists_places_and_marks():
     assert "RAM, private" in str(use)
     assert ", loaded: " in str(use)
     assert measure.MemoryUse(()).total_bytes == 0
+
+
+def test_an_answer_that_the_garbage_collector_ends_while_another_starts_hangs_nobody(monkeypatch):
+    forgotten = measure_memory()
+    forgotten.start()
+    monkeypatch.setattr("gemma_qat_kit.memory.measure.reset_gpu_peak", forgotten.stop)  # under the lock, as in start()
+    with measure_memory() as use:
+        assert not forgotten.is_running
+    assert use.peak.total_bytes > 0

