@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from gemma_qat_kit.catalog import BUILT_IN_SIZE, find_checkpoint
-from gemma_qat_kit.memory.parts import ENGINE, KEY_VALUES, WEIGHTS, Part, merged
+from gemma_qat_kit.memory.parts import KEY_VALUES, WEIGHTS, Part, merged
 from gemma_qat_kit.memory.settings import MemorySettings
 from gemma_qat_kit.memory.work import engine_parts
 
@@ -21,12 +21,9 @@ def loaded_parts(settings: MemorySettings, parts: Iterable[Part]) -> tuple[Part,
     if settings.engine == "llama_cpp":
         kept = [part for part in parts if part.name in WEIGHTS or part.name == KEY_VALUES]
         return merged([*kept, *engine_parts(settings)])
-    is_read_later = settings.device == "cpu" and settings.format == "w4a16"
-    return merged(
-        part
-        for part in parts
-        if part.name == ENGINE or (part.name in WEIGHTS and part.place != "mapped" and not is_read_later)
-    )
+    is_unpacked_later = settings.device == "cpu" and settings.format == "w4a16"
+    held = [part for part in parts if part.name in WEIGHTS and part.place != "mapped" and not is_unpacked_later]
+    return merged([*held, *engine_parts(settings)])
 
 
 def load_peak_bytes(settings: MemorySettings, loaded: Iterable[Part]) -> int:

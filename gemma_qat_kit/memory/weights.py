@@ -1,6 +1,7 @@
 """The bytes of a checkpoint's tensors by component, and where an engine keeps them."""
 
 import functools
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from gemma_qat_kit.layouts import (
     gguf_tensors,
     is_text,
     mobile_tensors,
+    w4a16_tensors,
 )
 from gemma_qat_kit.memory.network import find_network
 from gemma_qat_kit.memory.parts import AUDIO, DRAFTER, EMBEDDINGS, REPACKED, TABLE, TEXT_LAYERS, VISION, Part, merged
@@ -20,6 +22,7 @@ from gemma_qat_kit.memory.settings import MemorySettings
 
 BUILT_IN_PARAMETERS = 134_515_008  # HuggingFaceTB/SmolLM2-135M-Instruct, as the hub counts them
 BUILT_IN_TENSOR_BYTES, BUILT_IN_EMBEDDING_BYTES = 96_576_768, 30_081_024  # of its Q4_1 file; embeddings are Q8_0
+_PACKED = "packed"  # stands for the dtypes of what w4a16 unpacks
 _BITS = {"nf4": 4.5, "int8": 8}  # bitsandbytes: a float32 scale per 64 weights; a row scale is a rounding error
 # Formats whose tensors transformers uses as they lie in the file; on a CPU it then reads the file's pages in place.
 _AS_STORED = ("bf16", "q4_0-unquantized", "mobile")
@@ -62,7 +65,8 @@ def _add_up(tensors: Iterator[Tensor], format: str) -> tuple[_Sum, ...]:
     sums: dict[tuple[str, str, bool], int] = {}
     for tensor in tensors:
         is_token_table = tensor.name == "token_embd.weight" or "embed_tokens.embedding_" in tensor.name
-        key = part_of(tensor.name), tensor.dtype, is_token_table
+        dtype = _PACKED if _is_packed(tensor.name) and format == "w4a16" else tensor.dtype
+        key = part_of(tensor.name), dtype, is_token_table
         sums[key] = sums.get(key, 0) + _nbytes(tensor, format)
     return tuple(_Sum(name, nbytes, dtype, is_table) for (name, dtype, is_table), nbytes in sums.items())
 
@@ -90,8 +94,15 @@ def _in_memory(config: dict, format: str) -> Iterator[Tensor]:
     if format == "mobile":
         used = {tensor.name for tensor in bf16_tensors(config, has_shared_kv=False)}
         return (t for t in mobile_tensors(config) if not _is_shared_kv(t.name, used) and "_cache_scale" not in t.name)
-    # compressed-tensors unpacks w4a16 to bf16 at the first forward, so that is what it takes.
+    if format == "w4a16":  # compressed-tensors unpacks it to bf16 at the first forward
+        packed = (tensor for tensor in w4a16_tensors(config) if _is_packed(tensor.name))
+        return itertools.chain(bf16_tensors(config, has_shared_kv=False), packed)
     return bf16_tensors(config, has_shared_kv=False)
+
+
+def _is_packed(name: str) -> bool:
+    """Tell a tensor of a w4a16 checkpoint that a linear's weight is made from."""
+    return name.endswith((".weight_packed", ".weight_scale", ".weight_shape"))
 
 
 def _is_shared_kv(name: str, used: set[str]) -> bool:
@@ -107,8 +118,12 @@ def _placed(total: _Sum, settings: MemorySettings) -> Iterator[Part]:
         yield from _placed_by_llama_cpp(total, settings)
     elif name == TABLE and settings.per_layer_table != "memory":
         yield Part(name, nbytes, "disk" if settings.per_layer_table == "disk" else "ram")
+    elif total.dtype == _PACKED:  # gone from a GPU once it is unpacked; on a CPU its pages were read
+        yield Part(name, nbytes if settings.device == "cpu" else 0, "mapped", is_spare=True)
     elif settings.device == "cuda":
         yield Part(name, nbytes, "gpu")
+    elif settings.format == "w4a16" and name != TABLE:
+        yield Part(name, nbytes, "ram" if name == TEXT_LAYERS else "mapped")
     elif settings.format in _AS_STORED and name != TABLE:
         yield Part(name, nbytes, "disk" if total.is_token_table else "mapped")  # mobile has a head of its own
     else:
