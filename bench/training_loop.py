@@ -1,6 +1,9 @@
 """A plain training loop with the parts that the planner counts: adapters or float32 weights through fake quantization,
 gradient checkpointing, a loss in chunks of tokens. It measures memory; `finetune` and `train_qat` train."""
 
+import os
+from dataclasses import replace
+
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -8,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from gemma_qat_kit.formats.quantized import fake_quantize
 from gemma_qat_kit.load import load
 from gemma_qat_kit.memory.measure import measure_memory
-from gemma_qat_kit.memory.parts import ACTIVATIONS, ENGINE, TEXT_LAYERS, Part, Parts
+from gemma_qat_kit.memory.parts import ACTIVATIONS, ADAPTERS, GRADIENTS, LOGITS, OPTIMIZER, Part, Parts, merged
 from gemma_qat_kit.memory.plan import plan_memory
 from gemma_qat_kit.memory.receipts import record
 from gemma_qat_kit.memory.settings import MemorySettings
@@ -56,8 +59,8 @@ def prepare(model: nn.Module, settings: MemorySettings) -> list[nn.Parameter]:
     return [weight for weight in model.parameters() if weight.requires_grad]
 
 
-def train(model: nn.Module, settings: MemorySettings, num_steps: int = 3) -> None:
-    """Take a few steps on random tokens."""
+def train(model: nn.Module, settings: MemorySettings, num_steps: int = 3) -> tuple[int, int]:
+    """Take a few steps on random tokens; return the bytes of what is trained and of the optimizer's state."""
     weights = prepare(model, settings)
     optimizer = torch.optim.AdamW(weights, lr=1e-5) if settings.optimizer == "adamw" else torch.optim.SGD(weights)
     shape = settings.batch_size, settings.sequence_length
@@ -68,6 +71,8 @@ def train(model: nn.Module, settings: MemorySettings, num_steps: int = 3) -> Non
             _loss(model, ids, settings.logits_chunk_length or ids.numel()).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+    state = (t for of in optimizer.state.values() for t in of.values() if isinstance(t, torch.Tensor))
+    return sum(weight.nbytes for weight in weights), sum(tensor.nbytes for tensor in state)
 
 
 def _loss(model: nn.Module, ids: torch.Tensor, chunk_length: int) -> torch.Tensor:
@@ -83,10 +88,20 @@ def _chunk_loss(head: nn.Module, hidden: torch.Tensor, labels: torch.Tensor) -> 
 def measure_training(changes: dict) -> None:
     """Train the built-in model for a few steps and keep the receipt: the plan, and the most memory at once."""
     plan = plan_memory("smollm2-135m", "float32", **changes)
+    written = os.environ.pop("GQK_RECEIPTS")
+    os.environ["GQK_RECEIPTS"] = "off"  # of the load itself
     with load("smollm2-135m", "float32", device="cpu", report=lambda progress: None) as model:
+        held = model.memory()
         with measure_memory() as use:
-            train(model.hf[0], plan.settings)
-        weights = [part for part in model.memory().placed if part.name == TEXT_LAYERS]
-    work = use.peak.in_place("ram") - sum(part.nbytes for part in weights)
-    measured = Parts((*weights, Part(ACTIVATIONS, work, "ram"), Part(ENGINE, use.peak.in_place("mapped"), "mapped")))
-    record("train", plan.settings, plan, measured)
+            trained, state = train(model.hf[0], plan.settings)
+    known = [*held.placed, Part(OPTIMIZER, state, "ram")]
+    known += [Part(ADAPTERS, trained, "ram")] if plan.settings.task == "finetune" else []
+    rest = use.peak.in_place("ram") - Parts(tuple(known)).in_place("ram")
+    os.environ["GQK_RECEIPTS"] = written
+    record("train", plan.settings, _as_one(plan), Parts(merged([*known, Part(ACTIVATIONS, rest, "ram")])))
+
+
+def _as_one(plan: Parts) -> Parts:
+    """Count gradients and logits as activations: they are freed one after the other, so only their sum is measured."""
+    parts = (replace(p, name=ACTIVATIONS) if p.name in (GRADIENTS, LOGITS) else p for p in plan.placed)
+    return Parts(merged(parts))

@@ -15,6 +15,7 @@ from gemma_qat_kit.catalog import (
 )
 from gemma_qat_kit.engines.request import Request
 from gemma_qat_kit.errors import BadSettingError, MissingLibraryError
+from gemma_qat_kit.loading_note import guarded_load
 from gemma_qat_kit.model import Model
 from gemma_qat_kit.progress import Report, progress_bar
 from gemma_qat_kit.recording import load_receipt
@@ -188,33 +189,38 @@ def _load_local(path: Path, row: Checkpoint | None, drafter: Path | None, reques
     if row is None:
         request.check_engine(request.source, engine)
         request.check_memory(request.source, size, format, engine, weights - found.looked_up_bytes)
+    with guarded_load(request.memory_settings(size, format, engine)):
+        runner = _run(found, format, engine, weights, drafter, request)
+    sampling = find_checkpoint(BUILT_IN_SIZE).sampling if size == BUILT_IN_SIZE else _GEMMA
+    return Model(size, format, sampling, runner)
+
+
+def _run(found, format: str, engine: str, weights: int, drafter: Path | None, request: Request):
+    """Start the engine."""
     if engine == "llama_cpp":
         from gemma_qat_kit.engines.llama_cpp import LlamaCppEngine
 
         layers = 0 if request.device == "cpu" else -1
-        runner = LlamaCppEngine(
+        return LlamaCppEngine(
             found.path,
             context_length=request.context_length,
             num_gpu_layers=layers,
             kv_format=request.kv_format,
             report=request.report,
         )
-    else:
-        from gemma_qat_kit.engines.transformers import TransformersEngine
+    from gemma_qat_kit.engines.transformers import TransformersEngine
 
-        runner = TransformersEngine(
-            found.path,
-            format,
-            context_length=request.context_length,
-            text_only=request.text_only,
-            drafter=drafter,
-            device=request.device,
-            per_layer_table=request.per_layer_table,
-            report=request.report,
-            weight_bytes=weights,
-        )
-    sampling = find_checkpoint(BUILT_IN_SIZE).sampling if size == BUILT_IN_SIZE else _GEMMA
-    return Model(size, format, sampling, runner)
+    return TransformersEngine(
+        found.path,
+        format,
+        context_length=request.context_length,
+        text_only=request.text_only,
+        drafter=drafter,
+        device=request.device,
+        per_layer_table=request.per_layer_table,
+        report=request.report,
+        weight_bytes=weights,
+    )
 
 
 def _agreed_format(found, wanted: str | None) -> str:

@@ -13,10 +13,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from gemma_qat_kit import out_of_memory
 from gemma_qat_kit.errors import KitError
 from gemma_qat_kit.memory.plan import MemoryPlan, plan_for
 from gemma_qat_kit.memory.settings import MemorySettings
-from gemma_qat_kit.out_of_memory import advice
 from gemma_qat_kit.units import readable_bytes
 
 _CLOCK = 5  # seconds by which a process's start may seem to move when the clock is set
@@ -39,7 +39,9 @@ class EndedKernel:
     def __str__(self) -> str:
         name = f"{self.settings.size} {self.settings.format}"
         needs = readable_bytes(self.needed_bytes)
-        return f"The last kernel ended while it loaded {name}, which needs {needs}. {advice(self.cheaper)}"
+        return (
+            f"The last kernel ended while it loaded {name}, which needs {needs}. {out_of_memory.advice(self.cheaper)}"
+        )
 
 
 @contextmanager
@@ -58,6 +60,16 @@ def note_loading(settings: MemorySettings) -> Iterator[None]:
         if path is not None:
             with suppress(OSError):
                 path.unlink(missing_ok=True)
+
+
+@contextmanager
+def guarded_load(settings: MemorySettings | None) -> Iterator[None]:
+    """Load inside: with a note on disk meanwhile, and an out-of-memory error that helps; None does neither."""
+    if settings is None:
+        yield
+        return
+    with out_of_memory.help(settings), note_loading(settings):
+        yield
 
 
 def last_failure() -> EndedKernel | None:

@@ -1,12 +1,15 @@
 """A loaded model: one face, whatever engine runs it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
+from gemma_qat_kit import out_of_memory
 from gemma_qat_kit.catalog import BUILT_IN_SIZE, Sampling
 from gemma_qat_kit.errors import BadSettingError
 from gemma_qat_kit.generation import Message, Reply, Settings, Stream, as_messages
 from gemma_qat_kit.memory.measure import MemoryUse
-from gemma_qat_kit.recording import chat_receipt
+from gemma_qat_kit.recording import chat_receipt, settings_of
 
 
 @dataclass(eq=False)
@@ -119,9 +122,15 @@ class Model:
         return _finish(self._recorded(Stream(self.runner.stream(prompt, settings))))
 
     def _recorded(self, stream: Stream) -> Stream:
-        """Keep a receipt of the memory that an answer takes."""
-        stream.around = chat_receipt(self, stream)
+        """Keep a receipt of the memory that an answer takes, and say what would take less where it was too much."""
+        stream.around = self._around(stream)
         return stream
+
+    @contextmanager
+    def _around(self, stream: Stream) -> Iterator[None]:
+        settings = settings_of(self)
+        with out_of_memory.help(settings) if settings else nullcontext(), chat_receipt(self, stream):
+            yield
 
     def _settings(self, thinking, max_new_tokens, temperature, top_p, top_k, seed) -> Settings:
         """Fill in the model card's sampling where the caller says nothing."""

@@ -3,6 +3,7 @@
 import functools
 import os
 import signal
+import tempfile
 from importlib.metadata import PackageNotFoundError, version
 
 import pytest
@@ -12,7 +13,9 @@ from tiny_repo import FILES, REPO
 
 # A run that was started in the background inherits an ignored Ctrl-C, and some tests press it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-os.environ["GQK_RECEIPTS"] = "off"  # runs of the tests are nobody's; also for the kernels and servers they start
+# Runs of the tests are nobody's, and what they leave is in nobody's home; also for the kernels that they start.
+os.environ["GQK_RECEIPTS"] = "off"
+os.environ["GEMMA_QAT_KIT_HOME"] = os.path.join(tempfile.gettempdir(), f"gemma_qat_kit-tests-{os.getuid()}")
 
 SHOWN = ("torch", "transformers", "huggingface_hub", "tokenizers", "xllamacpp", "numpy", "ipywidgets", "ipykernel")
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from gemma_qat_kit.catalog import BUILT_IN_SIZE, KNOWN_FORMATS
 from gemma_qat_kit.errors import BadSettingError, NotEnoughMemoryError, unknown_name
 from gemma_qat_kit.memory.plan import MemoryPlan, plan_memory
-from gemma_qat_kit.memory.settings import KV_FORMATS, TABLE_PLACES, check_name
+from gemma_qat_kit.memory.settings import KV_FORMATS, TABLE_PLACES, MemorySettings, check_name
 from gemma_qat_kit.progress import Report
 from gemma_qat_kit.units import readable_bytes
 
@@ -97,6 +97,17 @@ class Request:
             "Weights, key/value cache and the engine's buffers must fit.",
             f"Close other models, or load what fits: {self._what_fits(name.split()[0], available)}.",
         )
+
+    def memory_settings(self, size: str | None, format: str, engine: str) -> MemorySettings | None:
+        """Return what a plan of this load is made for, None where no plan can be made."""
+        from gemma_qat_kit.environment import free_memory
+
+        may_be_on_gpu = self.device != "cpu" and engine == "transformers"
+        is_on_gpu = may_be_on_gpu and free_memory()[1] is not None
+        try:
+            return self._plan(size, format, "cuda" if is_on_gpu else "cpu").settings
+        except ValueError:
+            return None
 
     def _needed(self, size: str | None, format: str, device: str, weights: int | None) -> int:
         """Return the bytes that a plan needs on the device, or those of the weights where no plan can be made."""
