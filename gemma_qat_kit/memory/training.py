@@ -1,15 +1,13 @@
 """What training takes beside the weights: gradients, optimizer, adapters, and what the backward pass needs kept.
 
-The counts are those of transformers' layers under torch's autograd: a linear keeps its input where its weight is
-trained, a norm its input and its result in float32, attention its queries, keys, values and output.
+The counts are those of transformers' layers under torch's autograd: a linear keeps its input where its weight or an
+adapter beside it is trained, a norm its input in float32, attention its queries, keys, values and output.
 """
 
 from gemma_qat_kit.memory.network import Layer, Network, find_network
 from gemma_qat_kit.memory.parts import ACTIVATIONS, ADAPTERS, GRADIENTS, LOGITS, OPTIMIZER, TEXT_LAYERS, Part
 from gemma_qat_kit.memory.settings import OPTIMIZERS, MemorySettings
 
-# On a CPU: what the kernels pack weights into, and freed blocks under a megabyte. Measured over five kinds of runs.
-_CPU_SCRATCH = 110 * 2**20
 _LOSS_BYTES = 12  # per logit: in float32 itself, its log-probability and its gradient
 FLOAT32 = 4
 
@@ -29,7 +27,8 @@ def training_parts(settings: MemorySettings) -> list[Part]:
     }
     if settings.gradient_accumulation == 1:
         _leave_out_what_never_meets(parts, network, settings)
-    parts[ACTIVATIONS] += _CPU_SCRATCH if place == "ram" else 0
+    if place == "ram":  # a CPU's kernels pack the head's matrix anew before they multiply with it
+        parts[ACTIVATIONS] += compute_bytes(settings) * network.vocab * network.hidden
     return [Part(name, nbytes, place) for name, nbytes in parts.items()]
 
 
@@ -72,7 +71,7 @@ def kept_bytes(network: Network, settings: MemorySettings) -> int:
     """Return the bytes that the forward pass keeps for the backward pass."""
     num_tokens = settings.batch_size * settings.sequence_length
     value = compute_bytes(settings)
-    per_layer = network.per_layer * len(network.layers) * (2 * FLOAT32 + 2 * value) * num_tokens
+    per_layer = network.per_layer * len(network.layers) * (FLOAT32 + 2 * value) * num_tokens
     layers = [layer_bytes(network, layer, settings) for layer in network.layers]
     if settings.gradient_checkpointing:
         return per_layer + len(layers) * network.hidden * value * num_tokens + max(layers)
@@ -83,15 +82,24 @@ def layer_bytes(network: Network, layer: Layer, settings: MemorySettings) -> int
     """Return the bytes that one layer keeps when all of it is computed."""
     value, length = compute_bytes(settings), settings.sequence_length
     num_norms = 5 if network.per_layer else 4 if network.is_gemma else 2
-    norms = FLOAT32 * 2 * network.hidden * num_norms
+    norms = FLOAT32 * network.hidden * num_norms
     inputs = value * network.hidden * 2
     mlp = value * 4 * (layer.mlp + layer.experts) + value * 2 * layer.num_experts * network.hidden
-    attention = value * (3 * layer.query + 2 * layer.key)
+    attention = value * (2 * layer.query + 2 * layer.key)
     if network.is_gemma:
-        attention += FLOAT32 * (2 * layer.query + 4 * layer.key)
+        attention += FLOAT32 * (layer.query + 2 * layer.key)
     mask = value * length if network.is_gemma else 0
-    total = (norms + inputs + mlp + attention + mask) * settings.batch_size * length
+    copies = _adapter_inputs(network, layer, settings) if value < FLOAT32 else 0
+    total = (norms + inputs + mlp + attention + mask + copies) * settings.batch_size * length
     return total + (_fake_quantized_bytes(network, layer) if settings.task == "qat" else 0)
+
+
+def _adapter_inputs(network: Network, layer: Layer, settings: MemorySettings) -> int:
+    """Return the bytes per token of what adapters in float32 keep: each a copy of its 16-bit input."""
+    if settings.task != "finetune":
+        return 0
+    adapted = (into for name, (_, into) in linears(network, layer).items() if name in settings.lora_targets)
+    return FLOAT32 * sum(adapted)
 
 
 def _fake_quantized_bytes(network: Network, layer: Layer) -> int:
