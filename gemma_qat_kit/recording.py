@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 
-from gemma_qat_kit.catalog import SIZES
+from gemma_qat_kit.catalog import SIZES, find_checkpoint
+from gemma_qat_kit.errors import KitError
 from gemma_qat_kit.memory.measure import MemoryOverTime, measure_memory
 from gemma_qat_kit.memory.measure_samples import PLACES_IN_MEMORY
 from gemma_qat_kit.memory.parts import ACTIVATIONS, KEY_VALUES, LOGITS, Part, Parts, merged
@@ -129,7 +130,13 @@ def settings_of(model, context_length: int | None = None) -> MemorySettings | No
         model: A model of `gqk.load`.
         context_length: Tokens to plan for; None takes the model's.
     """
-    return MemorySettings(**_known(model, context_length)) if model.size in SIZES else None
+    if model.size not in SIZES:
+        return None
+    try:
+        find_checkpoint(model.size, model.format)
+        return MemorySettings(**_known(model, context_length))
+    except KitError:  # a format that somebody made, such as the built-in model in q4_0
+        return None
 
 
 def _known(model, context_length: int | None = None) -> dict[str, object]:

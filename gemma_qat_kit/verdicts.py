@@ -47,9 +47,10 @@ def missing_requirements(here: Machine) -> list[str]:
     return list(dict.fromkeys(needs))
 
 
-def needed_bytes(row: Checkpoint) -> int:
-    """Return the least memory that a checkpoint answers in, by the plan for a short conversation."""
-    return plan_memory(row.size, row.format, context_length=2048).needed_bytes
+def needed_bytes(row: Checkpoint, device: str = "cpu") -> int:
+    """Return the least memory of a device that a checkpoint answers in, by the plan for a short conversation."""
+    plan = plan_memory(row.size, row.format, device=device, context_length=2048)
+    return plan.needed["gpu" if device == "cuda" else "ram"]
 
 
 def _judge(format: str, here: Machine) -> FormatVerdict:
@@ -71,10 +72,9 @@ def _device(row: Checkpoint, here: Machine) -> str | None:
 
 def _memory_for(row: Checkpoint, here: Machine) -> str | None:
     """Name the memory that is big enough: "GPU", "CPU" (also where free memory is unknown) or None."""
-    need = needed_bytes(row)
-    if row.engine == "transformers" and here.gpu and need <= here.gpu.free_bytes:
+    if row.engine == "transformers" and here.gpu and needed_bytes(row, "cuda") <= here.gpu.free_bytes:
         return "GPU"
-    return "CPU" if here.ram_available_bytes is None or need <= here.ram_available_bytes else None
+    return "CPU" if here.ram_available_bytes is None or needed_bytes(row) <= here.ram_available_bytes else None
 
 
 def _has_disk(row: Checkpoint, here: Machine) -> bool:

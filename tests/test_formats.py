@@ -181,7 +181,7 @@ def test_what_is_on_a_grid_stays_there(format, seed, size):
     weight = torch.randn(3, 256, generator=torch.Generator().manual_seed(seed)) * size
     once = quantize(weight, format).dequantize()
     relative = (once - weight).norm() / weight.norm()
-    assert relative < {"mobile_int2": 1.0, "mobile_int4": 0.25, "mobile_int8": 0.02, "q8_0": 0.01}.get(format, 0.15)
+    assert relative < {"mobile_int2": 1.0, "mobile_int4": 0.25, "mobile_int8": 0.02, "q8_0": 0.02}.get(format, 0.15)
     if format in ("q8_0", "nf4", "mobile_int8"):  # each group keeps its extremum, and so its scale
         assert torch.allclose(quantize(once, format).dequantize(), once, rtol=2e-3, atol=1e-3 * size)
 

@@ -52,7 +52,8 @@ def test_at_full_size_it_is_what_the_shapes_say(size, at_8k, at_128k):
 
 # What llama.cpp itself prints on loading: "KV buffer size", of the full layers and of the sliding ones.
 @pytest.mark.parametrize(
-    ("size", "length", "full", "sliding"), [("E2B", 2048, 12, 12), ("E2B", 8192, 48, 12), ("E2B", 2000, 12, 12)]
+    ("size", "length", "full", "sliding"),
+    [("E2B", 512, 3, 6), ("E2B", 2000, 12, 12), ("E2B", 8192, 48, 12), ("E4B", 2048, 32, 40), ("E4B", 32_768, 512, 40)],
 )
 def test_llama_cpp_allocates_what_is_planned(size, length, full, sliding):
     network = read_network(hf_config(size)["text_config"])
