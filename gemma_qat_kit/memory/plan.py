@@ -12,9 +12,9 @@ from gemma_qat_kit.memory.key_values import kv_cache_bytes
 from gemma_qat_kit.memory.loading import load_peak_bytes, loaded_parts
 from gemma_qat_kit.memory.network import find_network
 from gemma_qat_kit.memory.parts import KEY_VALUES, Part, Parts, describe_parts, merged
-from gemma_qat_kit.memory.settings import KV_FORMATS, MemorySettings, check_context_length, check_count
+from gemma_qat_kit.memory.settings import KV_FORMATS, MemorySettings, check_context_length, check_tokens
 from gemma_qat_kit.memory.training import trained_weights, training_parts
-from gemma_qat_kit.memory.weights import device_place, weight_parts
+from gemma_qat_kit.memory.weights import weight_parts
 from gemma_qat_kit.memory.work import chat_parts, engine_parts
 
 _TRAINABLE = ("bf16", "q4_0-unquantized", "float32")
@@ -125,7 +125,7 @@ def plan_for(settings: MemorySettings) -> MemoryPlan:
     row = None if settings.config else find_checkpoint(settings.size, settings.format)
     weights, engine = weight_parts(settings), engine_parts(settings)
     if settings.task == "chat":
-        work = [Part(KEY_VALUES, _kv_bytes(settings), device_place(settings)), *chat_parts(settings)]
+        work = [Part(KEY_VALUES, _kv_bytes(settings), settings.place), *chat_parts(settings)]
     else:
         work = [*trained_weights(settings), *training_parts(settings)]
     placed = merged([*weights, *engine, *work])
@@ -142,7 +142,7 @@ def check_possible(settings: MemorySettings) -> None:
     """
     longest = find_network(settings).longest_context
     check_context_length(settings.context_length, longest)
-    check_count("sequence_length", settings.sequence_length, longest, "This model takes a number of tokens")
+    check_tokens("sequence_length", settings.sequence_length, longest)
     if settings.task != "chat" and settings.engine != "transformers":
         raise BadSettingError(
             f"{settings.size} {settings.format} cannot be trained: it runs in {settings.engine}.",

@@ -26,8 +26,8 @@ class MemorySettings:
         format: A format of the catalog.
         engine: "llama_cpp" or "transformers".
         device: "cuda" or "cpu".
-        task: "chat"; "finetune": adapters (LoRA) on frozen weights; "qat": every matrix of the text layers trained in
-            float32 through fake quantization.
+        task: "chat"; "finetune": adapters (LoRA) on frozen weights; "qat": attention and MLP matrices of the text
+            layers trained in float32 through fake quantization, experts left as they are.
         context_length: Tokens of prompt and answer together, in chat.
         batch_size: Conversations or training sequences at once.
         sequence_length: Tokens of a training sequence.
@@ -65,6 +65,11 @@ class MemorySettings:
     drafter: bool = False
     config: dict | None = field(default=None, repr=False, hash=False)
 
+    @property
+    def place(self) -> str:
+        """Where what an engine makes itself lies: "gpu" or "ram"."""
+        return "gpu" if self.device == "cuda" else "ram"
+
     def __post_init__(self):
         names = {"task": TASKS, "optimizer": OPTIMIZERS, "kv_format": KV_FORMATS, "per_layer_table": TABLE_PLACES,
                  "device": DEVICES, "engine": ENGINES}  # fmt: skip
@@ -88,31 +93,37 @@ def check_name(kind: str, value: object, known: Sequence[str]) -> None:
         raise unknown_name(kind, value, known)
 
 
-def check_count(name: str, value: object, largest: int, what: str = "It is a whole number") -> None:
-    """Refuse what is no number from 1 to `largest`.
+def check_count(name: str, value: object, largest: int) -> None:
+    """Refuse what is no whole number from 1 to `largest`.
 
     Raises:
         BadSettingError: No integer, below 1 or above `largest`.
     """
-    is_count = isinstance(value, Integral) and not isinstance(value, bool)
-    if not is_count or not 1 <= value <= largest:
+    if not _is_count(value, largest):
+        near = min(largest, max(1, value)) if isinstance(value, Integral) else 1
         raise BadSettingError(
-            f"{name}={value!r} cannot be used.",
-            f"{what} from 1 to {largest:,}.",
-            f"Try {name}={min(largest, max(1, value)) if is_count else min(largest, 4096)}.",
+            f"{name}={value!r} cannot be used.", f"It is a whole number from 1 to {largest:,}.", f"Try {name}={near:d}."
         )
 
 
-def check_context_length(context_length: int, longest: int) -> None:
+def check_tokens(name: str, value: object, longest: int) -> None:
     """Refuse what is no number of tokens that a model takes.
 
     Raises:
         BadSettingError: Not an integer from 1 to `longest`.
     """
-    is_count = isinstance(context_length, Integral) and not isinstance(context_length, bool)
-    if not is_count or not 1 <= context_length <= longest:
+    if not _is_count(value, longest):
         raise BadSettingError(
-            f"context_length={context_length!r} cannot be used.",
+            f"{name}={value!r} cannot be used.",
             f"This model takes 1 to {longest:,} tokens.",
-            f"Try context_length={min(longest, 4096)}.",
+            f"Try {name}={min(longest, 4096)}.",
         )
+
+
+def check_context_length(context_length: int, longest: int) -> None:
+    """Refuse a context that a model does not take; see `check_tokens`."""
+    check_tokens("context_length", context_length, longest)
+
+
+def _is_count(value: object, largest: int) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and 1 <= value <= largest

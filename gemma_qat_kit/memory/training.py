@@ -14,8 +14,8 @@ FLOAT32 = 4
 
 def training_parts(settings: MemorySettings) -> list[Part]:
     """Return adapters, gradients, optimizer, activations and logits at the peak of a training step."""
-    place = "gpu" if settings.device == "cuda" else "ram"
-    network, num_tokens = find_network(settings), settings.batch_size * settings.sequence_length
+    place, network = settings.place, find_network(settings)
+    num_tokens = settings.batch_size * settings.sequence_length
     trained, adapters = num_trained(settings), settings.task == "finetune"
     chunk = min(num_tokens, settings.logits_chunk_length or num_tokens)
     parts = {
@@ -43,7 +43,7 @@ def _leave_out_what_never_meets(parts: dict[str, int], network: Network, setting
 
 
 def num_trained(settings: MemorySettings) -> int:
-    """Return how many values are trained: those of the adapters, or every matrix of the text layers."""
+    """Return how many values are trained: those of the adapters, or attention's and the MLPs' matrices."""
     network = find_network(settings)
     shapes = [
         shape
@@ -116,5 +116,4 @@ def trained_weights(settings: MemorySettings) -> list[Part]:
     """Return what the text layers' matrices take beyond their 16-bit file once they are trained in float32."""
     if settings.task != "qat" or settings.format == "float32":
         return []
-    place = "gpu" if settings.device == "cuda" else "ram"
-    return [Part(TEXT_LAYERS, FLOAT32 * num_trained(settings), place)]
+    return [Part(TEXT_LAYERS, FLOAT32 * num_trained(settings), settings.place)]

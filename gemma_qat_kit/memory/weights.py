@@ -39,7 +39,7 @@ def weight_parts(settings: MemorySettings) -> tuple[Part, ...]:
     parts = [part for total in sums for part in _placed(total, settings)]
     if settings.drafter:
         drafter = drafter_tensors(drafter_config(settings.size))
-        parts.append(Part(DRAFTER, sum(t.nbytes for t in drafter), device_place(settings)))
+        parts.append(Part(DRAFTER, sum(t.nbytes for t in drafter), settings.place))
     return merged(part for part in parts if not (settings.text_only and part.name in (VISION, AUDIO)))
 
 
@@ -75,16 +75,11 @@ def _built_in(settings: MemorySettings) -> tuple[Part, ...]:
     network = find_network(settings)
     embeddings, everything = network.vocab * network.hidden, BUILT_IN_PARAMETERS
     if settings.format == "float32":
-        place, embeddings, everything = device_place(settings), 4 * embeddings, 4 * everything
+        place, embeddings, everything = settings.place, 4 * embeddings, 4 * everything
     else:
         place = "gpu" if settings.device == "cuda" else "mapped"
         embeddings, everything = BUILT_IN_EMBEDDING_BYTES, BUILT_IN_TENSOR_BYTES
     return Part(TEXT_LAYERS, everything - embeddings, place), Part(EMBEDDINGS, embeddings, place)
-
-
-def device_place(settings: MemorySettings) -> str:
-    """Return where whatever an engine makes itself lies."""
-    return "gpu" if settings.device == "cuda" else "ram"
 
 
 def _in_memory(config: dict, format: str) -> Iterator[Tensor]:

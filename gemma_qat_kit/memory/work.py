@@ -35,7 +35,7 @@ def engine_parts(settings: MemorySettings) -> list[Part]:
 
 def chat_parts(settings: MemorySettings) -> list[Part]:
     """Return activations and logits at the peak of an answer: the last chunk of the longest prompt."""
-    place, network = "gpu" if settings.device == "cuda" else "ram", find_network(settings)
+    place, network = settings.place, find_network(settings)
     if settings.engine == "llama_cpp":
         kept = checkpoint_bytes(network, settings.context_length, KV_FORMATS[settings.kv_format])
         return [
@@ -86,10 +86,10 @@ def llama_cpp_compute_bytes(network: Network, context_length: int) -> int:
     else:
         values = 2 * max(mlps) + 9 * hidden
     length = rounded_up(context_length)
-    masked = length + min(length, rounded_up(network.window + LLAMA_CPP_BATCH)) * any_sliding(network)
+    masked = length + min(length, rounded_up(network.window + LLAMA_CPP_BATCH)) * _any_sliding(network)
     return LLAMA_CPP_BATCH * (FLOAT32 * values + 2 * masked) + _LLAMA_CPP_INPUTS
 
 
-def any_sliding(network: Network) -> bool:
+def _any_sliding(network: Network) -> bool:
     """Tell whether some layers see a window only."""
     return not all(layer.is_full for layer in network.layers)
