@@ -15,6 +15,7 @@ _MODULE_OF = {
     "collect_importance": "quality.post_training",
     "compare": "quality.comparison",
     "compare_formats": "quality.format_table",
+    "convert_qat": "qat.convert",
     "environment": "environment",
     "export_gguf": "export.gguf",
     "fake_quantize": "formats.quantized",
@@ -25,9 +26,12 @@ _MODULE_OF = {
     "perplexity": "quality.comparison",
     "plan_memory": "memory.plan",
     "published_memory": "memory.published_table",
+    "prepare_qat": "qat.prepare",
     "quantize": "formats.quantized",
     "receipts": "memory.receipts",
     "sqnr_db": "quality.comparison",
+    "TrainSettings": "qat.settings",
+    "train_qat": "qat.train",
 }
 __all__ = [*_MODULE_OF, "testing", "widgets"]
 

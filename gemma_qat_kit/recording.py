@@ -13,7 +13,7 @@ from gemma_qat_kit.catalog import SIZES, find_checkpoint
 from gemma_qat_kit.errors import KitError
 from gemma_qat_kit.memory.measure import MemoryOverTime, measure_memory
 from gemma_qat_kit.memory.measure_samples import PLACES_IN_MEMORY
-from gemma_qat_kit.memory.parts import ACTIVATIONS, KEY_VALUES, LOGITS, Part, Parts, merged
+from gemma_qat_kit.memory.parts import ACTIVATIONS, GRADIENTS, KEY_VALUES, LOGITS, OPTIMIZER, Part, Parts, merged
 from gemma_qat_kit.memory.plan import MemoryPlan, plan_for
 from gemma_qat_kit.memory.receipts import record
 from gemma_qat_kit.memory.receipts_file import receipts_path, warn_once
@@ -58,6 +58,33 @@ def chat_receipt(model, stream) -> Iterator[None]:
     if use is not None:
         with _quietly():
             _record_chat(model, stream.reply, use)
+
+
+@contextmanager
+def train_receipt(model, settings: MemorySettings | None, optimizer_bytes: Callable[[], int]) -> Iterator[None]:
+    """Measure a training run, and keep its receipt when it has ended, also when it was stopped.
+
+    Args:
+        model: The `Model` that is trained.
+        settings: Of the run; None keeps no receipt.
+        optimizer_bytes: Returns the bytes of the optimizer's state, called at the end of the block.
+    """
+    with _measured(settings is not None) as use:
+        yield
+        state_bytes = optimizer_bytes()
+    if use is not None:
+        with _quietly():
+            held, place = model.memory(), settings.place
+            known = [*held.placed, Part(OPTIMIZER, state_bytes, place)]
+            rest = max(0, use.peak.in_place(place) - Parts(tuple(known)).in_place(place))
+            measured = Parts(merged([*known, Part(ACTIVATIONS, rest, place)]))
+            record("train", settings, _as_training(_plan(settings)), measured, seconds=round(use.after.seconds, 3))
+
+
+def _as_training(plan: Parts) -> Parts:
+    """Count gradients and logits as activations: they are freed one after the other, so only their sum is measured."""
+    freed = (GRADIENTS, LOGITS)
+    return Parts(merged(replace(part, name=ACTIVATIONS) if part.name in freed else part for part in plan.placed))
 
 
 @contextmanager

@@ -19,7 +19,7 @@ FLOORS = (
     "formats gguf",
     "memory quality verdicts environment",
     "hub download checkpoint engines recording model load out_of_memory loading_note",
-    "weights",
+    "qat weights",
     "grid_report export testing",
     "classroom",
     "widgets",

@@ -25,7 +25,7 @@ from gemma_qat_kit.formats.groups import LARGEST, not_usable
 from gemma_qat_kit.machine import read_cpu_count
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # the enum in the C files
-_SOURCE = Path(__file__).with_name("q4_0.c")
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("q4_0.c", "learned.c"))
 _FLAGS = ("-O3", "-march=native", "-fopenmp-simd", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC")
 _GROUPS_A_CALL = 2**15  # a megabyte of weights: enough for a thread to be worth waking, and Ctrl-C comes between two
 _HUGE_PAGES = getattr(mmap, "MADV_HUGEPAGE", None)
@@ -58,8 +58,9 @@ def _loaded(path: Path) -> ctypes.CDLL:
     except OSError:
         path.unlink(missing_ok=True)  # damaged: the next start builds it again
         raise
-    for name in ("quantize", "fake_quantize", "dequantize", "recover", "importance"):
-        getattr(loaded, f"q4_0_{name}").restype = ctypes.c_int64
+    kernels = [f"q4_0_{name}" for name in ("quantize", "fake_quantize", "dequantize", "recover", "importance")]
+    for name in (*kernels, "learned_forward", "learned_backward"):
+        getattr(loaded, name).restype = ctypes.c_int64
     return loaded
 
 
@@ -69,15 +70,16 @@ def _built() -> Path:
     if compiler is None:
         raise FileNotFoundError("no C compiler on PATH")
     # A home folder may be shared by machines of several kinds, and -march=native is for this one.
-    facts = (_SOURCE.read_text(encoding="utf-8"), *_FLAGS, compiler, platform.machine(), _processor_features())
+    sources = [source.read_text(encoding="utf-8") for source in _SOURCES]
+    facts = (*sources, *_FLAGS, compiler, platform.machine(), _processor_features())
     digest = hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]
     home = Path(os.environ.get("GEMMA_QAT_KIT_HOME") or "~/.cache/gemma_qat_kit").expanduser()
-    target = home / "kernels" / f"{_SOURCE.stem}-{digest}.so"
+    target = home / "kernels" / f"formats-{digest}.so"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         draft = target.with_name(f"{target.name}.{os.getpid()}")
         try:
-            command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(draft), "-lm"]
+            command = [compiler, *_FLAGS, *map(str, _SOURCES), "-o", str(draft), "-lm"]
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
             draft.replace(target)
         finally:
@@ -120,10 +122,13 @@ def run(
     target: torch.Tensor,
     group_size: int,
     multiple: int = 1,
+    beside: tuple[torch.Tensor, ...] = (),
+    results: tuple[torch.Tensor, ...] = (),
     tail: Callable[[], object] | None = None,
     name: str = "This tensor",
 ) -> list:
-    """Run a kernel over all groups of a tensor, on all cores, as `kernel(source, *arguments, count, target[, tail])`.
+    """Run a kernel over all groups of a tensor, on all cores, as
+    `kernel(source, *beside, *arguments, count, target, *results[, tail])`.
 
     Args:
         kernel: Name of the C function; it returns the first group that it cannot use, or -1.
@@ -132,6 +137,8 @@ def run(
         target: Contiguous, as many groups as the source.
         group_size: Elements of the source in a group.
         multiple: Groups that stay together (those of a row, where a kernel needs whole rows).
+        beside: More sources, contiguous, with as many groups.
+        results: More targets, likewise.
         tail: Makes the last argument of each call, or None for kernels without one.
         name: What an error calls the source.
 
@@ -142,14 +149,15 @@ def run(
         BadTensorError: A group cannot be used; the message names its first such value.
     """
     num_groups, function = source.numel() // group_size, getattr(library(), kernel)
-    strides = [tensor.nbytes // num_groups for tensor in (source, target)]
+    inputs, outputs = (source, *beside), (target, *results)
     size = max(1, _GROUPS_A_CALL // multiple) * multiple
 
     def call(first: int) -> tuple[int, object]:
-        places = [ctypes.c_void_p(t.data_ptr() + first * s) for t, s in zip((source, target), strides, strict=True)]
+        places = [ctypes.c_void_p(t.data_ptr() + first * (t.nbytes // num_groups)) for t in (*inputs, *outputs)]
         count = ctypes.c_int64(min(size, num_groups - first))
         last = [tail()] if tail else []
-        bad = function(places[0], *arguments, count, places[1], *map(ctypes.byref, last))
+        sources, targets = places[: len(inputs)], places[len(inputs) :]
+        bad = function(*sources, *arguments, count, *targets, *map(ctypes.byref, last))
         return (-1 if bad < 0 else first + bad), *last
 
     pool = _threads() if num_groups > size else None

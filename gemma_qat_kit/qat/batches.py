@@ -1,0 +1,77 @@
+"""Text as windows of tokens: what is trained on, in an order that a seed decides, and a slice that is held out."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from gemma_qat_kit.errors import BadSettingError
+from gemma_qat_kit.qat.settings import TrainSettings
+from gemma_qat_kit.quality import texts
+from gemma_qat_kit.quality.scoring import cut_windows
+
+_MOST_TOKENS = 2**20  # of each text
+_HELD_OUT = 8  # windows at most, of all texts together
+DEFAULT_TEXTS = ("calibration",)
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows of tokens, each with the first token that the model wants.
+
+    Attributes:
+        sources: Windows to train on, int64 (windows, tokens), one tensor for each text.
+        held_out: Windows at the end of the texts that are never trained on, (windows, tokens).
+        settings: How many make a batch, and the seed.
+    """
+
+    sources: tuple[torch.Tensor, ...]
+    held_out: torch.Tensor
+    settings: TrainSettings
+
+    def batch(self, step: int) -> torch.Tensor:
+        """Return the windows of an update (rows, tokens), counted from 0: each text in turn, in a shuffled order that
+        begins anew when a text is used up. It depends on the seed and the step alone, so a resumed run goes on with it.
+        """
+        rows = self.settings.rows
+        return torch.stack([self._window(step * rows + i) for i in range(rows)])
+
+    def _window(self, index: int) -> torch.Tensor:
+        turn, number = divmod(index, len(self.sources))
+        source = self.sources[number]
+        epoch, place = divmod(turn, len(source))
+        generator = torch.Generator().manual_seed(hash((self.settings.seed, epoch, number)) % 2**63)
+        return source[torch.randperm(len(source), generator=generator)[place]]
+
+
+def read_windows(scorer, text: str | Path | Iterable | None, settings: TrainSettings) -> Windows:
+    """Cut texts into windows of tokens.
+
+    Args:
+        scorer: Whose tokens; see `quality.scoring`.
+        text: As in `perplexity`, or several of those; None takes `DEFAULT_TEXTS`.
+        settings: Length of a window, rows of a batch, seed.
+
+    Raises:
+        BadSettingError: A text that cannot be read, or too few tokens to train on and hold some out.
+    """
+    several = DEFAULT_TEXTS if text is None else (text,) if isinstance(text, str | Path) else tuple(text)
+    if not several:
+        raise BadSettingError("There is no text to train on.", "A text, a file or several of them.", "Pass text=None.")
+    length = settings.sequence_length
+    cut = [_full(cut_windows(scorer, texts.read(one), window=length, max_tokens=_MOST_TOKENS), length)
+           for one in several]  # fmt: skip
+    kept = [max(1, min(_HELD_OUT // len(cut), len(windows) // 5)) for windows in cut]
+    sources = tuple(windows[:-count] for windows, count in zip(cut, kept, strict=True))
+    if any(len(source) == 0 for source in sources) or sum(map(len, sources)) < settings.rows:
+        raise BadSettingError(
+            f"The text has {sum(map(len, cut)):,} windows of {length} tokens.",
+            f"An update takes {settings.rows}, and each text gives at least one that is held out.",
+            "Pass a longer text, or TrainSettings(sequence_length=…) with a smaller number.",
+        )
+    return Windows(sources, torch.cat([w[-count:] for w, count in zip(cut, kept, strict=True)]), settings)
+
+
+def _full(windows: list[list[int]], length: int) -> torch.Tensor:
+    return torch.tensor([ids for ids in windows if len(ids) == length], dtype=torch.int64).view(-1, length)

@@ -1,0 +1,59 @@
+"""In which dtype to train: the fastest that this device really computes in, as long as this model's numbers fit it."""
+
+import time
+from contextlib import nullcontext
+
+import torch
+from torch import nn
+
+_GAIN = 1.2  # a narrower dtype that is hardly faster is not worth its digits
+_SIZE, _ROUNDS = 1024, 3
+
+
+def choose_dtype(module: nn.Module, asked: str, window: torch.Tensor) -> torch.dtype:
+    """Return the dtype to compute in; a model that was loaded in 16 bits keeps its own.
+
+    Args:
+        module: The model, whose masters are float32 whatever comes of this.
+        asked: One of `settings.DTYPES`.
+        window: Token ids (tokens,) that a narrow dtype has to answer with finite numbers.
+    """
+    own = next((p.dtype for n, p in module.named_parameters() if "parametrizations" not in n), torch.float32)
+    if own != torch.float32:
+        return own
+    if asked != "auto":
+        return getattr(torch, asked)
+    device = module.device
+    seconds = {dtype: _matmul_seconds(dtype, device) for dtype in _available(device)}
+    for dtype in sorted(seconds, key=seconds.__getitem__):
+        if dtype == torch.float32 or seconds[dtype] * _GAIN > seconds[torch.float32]:
+            return torch.float32
+        with torch.no_grad(), autocast(device, dtype):
+            if torch.isfinite(module(window[None].to(device), use_cache=False).logits).all():
+                return dtype
+    return torch.float32
+
+
+def autocast(device: torch.device, dtype: torch.dtype):
+    """Return a context in which matrix products of float32 tensors are computed in a dtype."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+def _available(device: torch.device) -> list[torch.dtype]:
+    if device.type != "cuda":
+        return [torch.float32, torch.bfloat16]
+    has_bfloat16 = torch.cuda.get_device_capability(device)[0] >= 8  # older ones only emulate it
+    return [torch.float32, torch.bfloat16 if has_bfloat16 else torch.float16]
+
+
+def _matmul_seconds(dtype: torch.dtype, device: torch.device) -> float:
+    """Return the least of a few times that a product of two square matrices takes."""
+    a = torch.randn(_SIZE, _SIZE, device=device).to(dtype)
+    times = []
+    for _ in range(_ROUNDS + 1):  # the first one warms up
+        started = time.perf_counter()
+        torch.matmul(a, a)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - started)
+    return min(times[1:])

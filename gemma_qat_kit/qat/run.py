@@ -1,0 +1,109 @@
+"""What a training run did: its losses, what the held-out text said, and which point was kept."""
+
+import html
+import math
+from dataclasses import dataclass
+
+from gemma_qat_kit.catalog import PANEL_STYLE
+from gemma_qat_kit.qat.evaluation import Evaluation, Lines
+from gemma_qat_kit.qat.settings import TrainSettings
+
+
+@dataclass(frozen=True)
+class Step:
+    """One update.
+
+    Attributes:
+        step: Counted from 1.
+        loss: Mean over its windows, in nats per token.
+        seconds: That it took, with the evaluation before it if there was one.
+    """
+
+    step: int
+    loss: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class QatRun:
+    """A finished or stopped run of `train_qat`; draws itself as a table, `figure()` as a picture.
+
+    Attributes:
+        name: The model.
+        settings: As they were asked for.
+        dtype: That it computed in.
+        num_trained: Values that were trained, scales included.
+        lines: The model before quantization, and by the plain rule.
+        steps: Every update.
+        evaluations: Of the held-out text; the first one before training.
+        best: The evaluation whose model was kept.
+        ended: Why it ended.
+        seconds: In all, a resumed run's earlier parts included.
+    """
+
+    name: str
+    settings: TrainSettings
+    dtype: str
+    num_trained: int
+    lines: Lines
+    steps: tuple[Step, ...]
+    evaluations: tuple[Evaluation, ...]
+    best: Evaluation
+    ended: str
+    seconds: float
+
+    @property
+    def share_recovered(self) -> float | None:
+        """Share of the log-perplexity lost by the plain rule that is won back on the held-out text; None if none was."""
+        return self.lines.share_recovered(self.best.nats)
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        lines = self.lines
+        points = [("before quantization", lines.float_nats, 0.0), ("plain rule", lines.plain.nats,
+                  lines.plain.kl_divergence)]  # fmt: skip
+        points += [(_label(e, self.best), e.nats, e.kl_divergence) for e in self.evaluations]
+        return [
+            (label, f"{math.exp(nats):#.4g}", f"{kl:.3g}", _percent(lines.share_recovered(nats)))
+            for label, nats, kl in points
+        ]
+
+    def _note(self) -> str:
+        return (
+            f"{self.ended} {len(self.steps):,} steps of {self.settings.rows} windows of "
+            f"{self.settings.sequence_length} tokens in {self.seconds:.0f} s; {self.num_trained:,} values trained, "
+            f"computed in {self.dtype}. Measured on held-out text that was not trained on. KL divergence from the "
+            "model before quantization, nats per token; recovered: share of the lost log-perplexity."
+        )
+
+    def __str__(self) -> str:
+        rows = [_HEADINGS, *self._rows()]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADINGS))]
+        lines = ["  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+                 for row in rows]  # fmt: skip
+        return "\n".join([self.name, *lines, self._note()])
+
+    def _repr_html_(self) -> str:
+        head = "".join(f'<th scope="col">{cell}</th>' for cell in _HEADINGS)
+        body = "".join(
+            f"<tr><td>{html.escape(row[0])}</td>"
+            + "".join(f'<td class="gqk-bytes">{c}</td>' for c in row[1:])
+            + "</tr>"
+            for row in self._rows()
+        )
+        return (
+            f'{PANEL_STYLE}<div class="gqk-panel"><div><strong>{html.escape(self.name)}</strong></div>'
+            f'<table class="gqk-table"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+            f'<div class="gqk-dim">{html.escape(self._note())}</div></div>'
+        )
+
+
+_HEADINGS = ("Held-out text", "Perplexity", "KL", "Recovered")
+
+
+def _label(evaluation: Evaluation, best: Evaluation) -> str:
+    label = f"after {evaluation.step} steps" if evaluation.step else "prepared, before training"
+    return f"{label} (kept)" if evaluation is best else label
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{share:.0%}"
