@@ -1,7 +1,7 @@
 """Grids with a scale of their own: fake quantization in which the step between levels is trained beside the weights.
 
-The rules in `q4_0.py` and `mobile.py` compute a scale from the weights, so the largest weight decides it. Here the scale
-is given: codes are `q = clamp(round(w / s), low, high)` and the weight becomes `q * s`, with s rounded as the file
+The rules in `q4_0.py` and `mobile.py` compute a scale from the weights, so the largest weight decides it. Here it is
+given: codes are `q = clamp(round(w / s), low, high)` and the weight becomes `q * s`, with s rounded as the file
 stores it. In the backward pass a weight inside the range gets its gradient unchanged, one outside gets none, and the
 scale gets `sum of g * (q - w / s)` inside and `sum of g * q` outside. What comes out can be stored bit for bit, in the
 blocks or the packed codes of a format that exists.

@@ -1,4 +1,4 @@
-"""How good the model is on text that is not trained on: its surprise, and its distance from itself before quantization."""
+"""How good the model is on text that it is not trained on: its surprise, and its distance from itself as a float."""
 
 from dataclasses import dataclass
 

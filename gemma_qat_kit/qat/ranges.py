@@ -1,4 +1,4 @@
-"""Static int8 ranges of a layer's inputs and outputs, as Gemma's mobile format has them: calibrated, then learnt or fixed.
+"""Static int8 ranges of a layer's inputs and outputs, as in Gemma's mobile format: calibrated, then learnt or fixed.
 
 A value x becomes `clamp(round(x / s), -128, 127) * s` with one s for all inputs of a linear and one for its outputs; a
 scale of 0 means that the layer was not calibrated and nothing is rounded.

@@ -54,7 +54,7 @@ class QatRun:
 
     @property
     def share_recovered(self) -> float | None:
-        """Share of the log-perplexity lost by the plain rule that is won back on the held-out text; None if none was."""
+        """Share of the log-perplexity that the plain rule lost on the held-out text and training won back."""
         return self.lines.share_recovered(self.best.nats)
 
     def _rows(self) -> list[tuple[str, ...]]:
