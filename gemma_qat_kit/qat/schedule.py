@@ -12,7 +12,7 @@ from gemma_qat_kit.layouts import mobile_bits
 
 MOBILE = ("mobile", "mobile_weight_only")
 QAT_FORMATS = (*MOBILE, *GRIDS)
-"""What `prepare_qat` takes: "mobile" with and without static ranges of the activations, or one grid for every weight."""
+"""What `prepare_qat` takes: "mobile" with and without ranges of the activations, or one grid for every weight."""
 
 
 class Schedule:

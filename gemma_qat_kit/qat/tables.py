@@ -1,4 +1,4 @@
-"""Embeddings and heads as they ship, rounded once and not trained: Q6_K or Q8_0 in a Q4_0 file, 2 or 4 bits in mobile."""
+"""Embeddings and heads as they ship, rounded once, not trained: Q6_K or Q8_0 in a Q4_0 file, 2 or 4 bits in mobile."""
 
 from dataclasses import dataclass
 

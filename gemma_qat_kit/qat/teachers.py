@@ -1,4 +1,4 @@
-"""Who says what the model should say: itself before quantization, kept in memory or as its likeliest words; or another."""
+"""Who says what the model should say: itself before quantization, in memory or as its likeliest words; or another."""
 
 from collections.abc import Callable
 

@@ -226,7 +226,7 @@ def _memory_settings(model, settings: TrainSettings) -> MemorySettings | None:
 
 
 def _has_room(module: nn.Module) -> bool:
-    """Tell whether a CPU's memory can hold twice what training takes: master, gradient, two moments, values, teacher."""
+    """Tell whether a CPU can hold twice what training takes: master, gradient, two moments, values, teacher."""
     values = sum(p.numel() for p in trained(module).values())
     return module.device.type == "cpu" and (read_memory()[1] or 0) > 2 * 24 * values
 
