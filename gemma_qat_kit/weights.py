@@ -12,6 +12,7 @@ from gemma_qat_kit.checkpoint import inspect_checkpoint, weight_files
 from gemma_qat_kit.errors import BadSettingError, BadTensorError, BrokenCheckpointError, KitError, ModelClosedError
 from gemma_qat_kit.gguf.header import broken_file
 from gemma_qat_kit.model import Model
+from gemma_qat_kit.qat.stored import stored
 
 CHUNK_VALUES = 2**24  # of a tensor at a time: 32 MiB of bfloat16, and what is made of it stays well below a gigabyte
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8, "I8": torch.int8,
@@ -28,12 +29,16 @@ class Weight:
         dtype: Of its values.
         shape: The last axis is the input axis; the others together are its rows.
         read: Takes a first row and the one after the last, returns them as (rows, in) in this machine's memory.
+        kind: ggml's name of a type that the weight was trained for; its blocks are there already.
+        read_blocks: Reads those like `read`, uint8 (rows, bytes of a row).
     """
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     read: Callable[[int, int], torch.Tensor]
+    kind: str | None = None
+    read_blocks: Callable[[int, int], torch.Tensor] | None = None
 
     @property
     def num_rows(self) -> int:
@@ -55,12 +60,15 @@ class Weight:
     def reordered(self, order: torch.Tensor) -> "Weight":
         """Return it with its rows in another order, int64 (rows,); rows that are neighbours should stay close."""
 
-        def read(start: int, stop: int) -> torch.Tensor:
-            wanted = order[start:stop]
-            first, last = int(wanted.min()), int(wanted.max())
-            return self.read(first, last + 1)[wanted - first]
+        def reordered(read: Callable | None) -> Callable | None:
+            def read_wanted(start: int, stop: int) -> torch.Tensor:
+                wanted = order[start:stop]
+                first, last = int(wanted.min()), int(wanted.max())
+                return read(first, last + 1)[wanted - first]
 
-        return replace(self, read=read)
+            return read and read_wanted
+
+        return replace(self, read=reordered(self.read), read_blocks=reordered(self.read_blocks))
 
 
 @dataclass(frozen=True)
@@ -125,7 +133,12 @@ def _of_model(model: Model) -> Weights:
 def _of_module(module: torch.nn.Module) -> Weights:
     name = getattr(module, "name_or_path", "")  # of a transformers model: where it was loaded from
     origin = Path(name) if name and Path(name).exists() else None
-    return _of_state(f"the {type(module).__name__}", module.state_dict(), origin)
+    ships = stored(module)
+    found = _of_state(f"the {type(module).__name__}", ships.state, origin)
+    for name, (kind, blocks) in ships.blocks.items():
+        read = _in_memory(name, blocks).read
+        found.tensors[name] = replace(found.tensors[name], kind=kind, read_blocks=read)
+    return found
 
 
 def _of_state(what: str, state: Mapping, origin: Path | None) -> Weights:

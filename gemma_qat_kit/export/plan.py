@@ -80,8 +80,11 @@ class GgufPlan:
         """Return the weight of a tensor, checked, its rows in llama.cpp's order."""
         weight, module = self._stored(name), name.removesuffix(".weight")
         scale = self._named.get(module + ".weight_scale") or self._named.get(module + ".embedding_scale")
+        num_heads = self._blueprint.num_heads.get(tensor.name)
+        order = rotary_order(weight.num_rows, num_heads) if num_heads else None
         if scale is not None:
-            return mobile_weight(weight, scale, tensor.shape)
+            found = mobile_weight(weight, scale, tensor.shape)
+            return found if order is None else found.reordered(order)
         check_floats(weight)
         if weight.shape != tensor.shape:
             raise BrokenCheckpointError(
@@ -90,8 +93,7 @@ class GgufPlan:
                 "Export it with the config that belongs to these weights.",
             )
         check_width(weight, tensor)
-        num_heads = self._blueprint.num_heads.get(tensor.name)
-        return weight.reordered(rotary_order(weight.num_rows, num_heads)) if num_heads else weight
+        return weight if order is None else weight.reordered(order)
 
     def _own_head(self) -> Weight | MobileWeight | None:
         """Return the head where it is not the embedding."""
@@ -118,6 +120,8 @@ class GgufPlan:
 
     def _data(self, part: Weight | MobileWeight, tensor: Tensor) -> Iterator[np.ndarray]:
         if not isinstance(part, MobileWeight):
+            if part.kind == tensor.dtype:
+                return _blocks(part)
             name = self._blueprint.sources.get(tensor.name, "lm_head.weight")
             return self._rounding.rounded(part, tensor.dtype, name.removesuffix(".weight"))
         if self._format == "q4_0":
@@ -170,6 +174,12 @@ class GgufPlan:
         used |= {name.removesuffix(".weight") + ".embedding_quantized" for name in used}
         rest = [name for name in self._named if name not in used and not name.endswith(_OF_MOBILE)]
         return [name for name in rest if not _is_for_media(name)]
+
+
+def _blocks(part: Weight) -> Iterator[np.ndarray]:
+    """Yield the blocks that a weight was trained for, some rows at a time."""
+    for start, values in part.chunks():
+        yield part.read_blocks(start, start + len(values)).numpy()
 
 
 def _is_for_media(name: str) -> bool:

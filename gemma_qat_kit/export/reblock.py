@@ -57,6 +57,10 @@ class MobileWeight:
         for start, packed in self.packed.chunks(8 // self.bits):
             yield packed, self.scale.read(start, start + len(packed)).float()
 
+    def reordered(self, order: torch.Tensor) -> "MobileWeight":
+        """Return it with its rows in another order, int64 (rows,)."""
+        return replace(self, packed=self.packed.reordered(order), scale=self.scale.reordered(order))
+
     def dequantized(self) -> Weight:
         """Return the float32 weight that it stands for."""
 
