@@ -21,7 +21,7 @@ from gemma_qat_kit.formats import mobile, native, q4_0, q4_0_importance
 from gemma_qat_kit.formats.groups import check
 from gemma_qat_kit.formats.quantized import Quantized, quantize
 
-_SHARES = torch.linspace(0.25, 1.1, 18)  # of the scale that the largest weight asks for
+_SHARES = torch.linspace(0.15, 1.1, 20)  # of the scale that the largest weight asks for, which is one of them
 
 
 @dataclass(frozen=True)
@@ -61,15 +61,19 @@ class Grid:
 
     def codes(self, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """Return the codes, int8 (..., in), of a weight (..., in) with scales (..., groups)."""
+        return self.levels(weight, scale).flatten(-2).to(torch.int8)
+
+    def levels(self, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """Return the codes, float32 (..., groups, weights of a group); a NaN stays one."""
         step = self.stored_scale(scale)[..., None]
         ratio = weight.float().unflatten(-1, (scale.shape[-1], -1)) / torch.where(step == 0, 1, step)
-        codes = ratio.round().clamp(self.low, self.high)
-        return torch.where(step == 0, 0, codes).flatten(-2).to(torch.int8)
+        return torch.where(step == 0, 0, ratio.round().clamp(self.low, self.high))
 
     def plain(self, weight: torch.Tensor) -> Quantized:
         """Return what the plain rule keeps of a weight: the largest of each group decides the scale."""
         if self.bits == FORMAT_BITS[self.stored_as]:
-            return quantize(weight.detach(), self.stored_as)
+            group_size = None if self.is_half else self.group_size
+            return quantize(weight.detach(), self.stored_as, group_size=group_size)
         groups = weight.detach().float().reshape(-1, self.group_size)
         return self.store(weight, (q4_0.extremum(groups) / self.low).view(*weight.shape[:-1], -1))
 
@@ -130,7 +134,7 @@ def starting_scale(
         blocks = found.tensors["blocks"] if found else q4_0_importance.quantize(weight, importance, name)
         return q4_0.unpack(blocks)[1]
     check(weight, grid.group_size, name)
-    plain = mobile.quantize(weight, 8, group_size=grid.group_size, name=name)[1] * 128 / 2 ** (grid.bits - 1)
+    plain = mobile.quantize(weight, grid.bits, group_size=grid.group_size, name=name)[1]
     if importance is None and grid.bits == 8:
         return plain
     width = weight.shape[-1]
@@ -183,9 +187,9 @@ def learned_fake_quantize(
 class _Learned(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight: torch.Tensor, scale: torch.Tensor, grid: Grid, dtype: torch.dtype) -> torch.Tensor:
+        weight, scale = weight.float().contiguous(), scale.float().contiguous()
         ctx.save_for_backward(weight, scale)
         ctx.grid = grid
-        weight, scale = weight.contiguous(), scale.contiguous()
         if native.can_run(weight) and (grid.is_half or dtype == torch.float32):
             kept = native.empty(weight.shape, torch.float32)
             native.run("learned_forward", weight, *_arguments(weight, scale, grid), target=kept, beside=(scale,),
@@ -193,12 +197,11 @@ class _Learned(torch.autograd.Function):
             return kept.to(dtype)
         computed_in = torch.float32 if grid.is_half else dtype
         step = grid.stored_scale(scale)[..., None].to(computed_in)
-        codes = grid.codes(weight, scale).unflatten(-1, (scale.shape[-1], -1))
-        return (codes.to(computed_in) * step).flatten(-2).to(dtype)
+        return (grid.levels(weight, scale).to(computed_in) * step).flatten(-2).to(dtype)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
-        weight, scale = (tensor.contiguous() for tensor in ctx.saved_tensors)
+        weight, scale = ctx.saved_tensors
         gradient = gradient.float().contiguous()
         if native.can_run(weight):
             of_weight, of_scale = native.empty(weight.shape, torch.float32), torch.empty_like(scale)
