@@ -18,6 +18,7 @@ _MODULE_OF = {
     "convert_qat": "qat.convert",
     "environment": "environment",
     "export_gguf": "export.gguf",
+    "export_mobile": "export.mobile",
     "fake_quantize": "formats.quantized",
     "grid_report": "grid_report",
     "load": "load",
