@@ -11,6 +11,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from gemma_qat_kit.formats import mobile
+
 _SHARES = torch.linspace(0.02, 1.0, 50)  # of the range that the largest value asks for
 _KEPT_VALUES = 2**12  # of each batch and side, to search the scale on
 
@@ -30,14 +32,25 @@ class StaticRange(nn.Module):
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         """Return the rounded values in their own dtype; gradients go through inside the range and to the scale."""
-        if self.mode == "float":
-            return values
-        scale = self.scale.to(values.dtype)
-        is_calibrated = scale != 0
-        step = torch.where(is_calibrated, scale, 1)
+        return values if self.mode == "float" else _Rounded.apply(values, self.scale)
+
+
+class _Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(values, scale)
+        return mobile.round_activation(values, scale)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        values, scale = ctx.saved_tensors
+        step = torch.where(scale == 0, 1, scale).to(values.dtype)
         ratio = values / step
-        codes = (ratio + (ratio.round() - ratio).detach()).clamp(-128, 127)  # the sum is exact: both are neighbours
-        return torch.where(is_calibrated, codes * step, values)
+        codes = ratio.round()
+        inside = (codes >= -128) & (codes <= 127) | (scale == 0)
+        # In float32: a sum in 16 bits would be lost in its own rounding.
+        moved = torch.where(inside, codes.float() - values.float() / step.float(), codes.clamp(-128, 127).float())
+        return gradient * inside, torch.where(scale == 0, 0, (gradient.float() * moved).sum())
 
 
 def add_ranges(linear: nn.Linear, inputs: torch.Tensor, outputs: torch.Tensor, learns: bool) -> None:
