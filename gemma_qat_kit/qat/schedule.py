@@ -9,6 +9,7 @@ from gemma_qat_kit.architectures import hf_config
 from gemma_qat_kit.errors import BadSettingError, unknown_name
 from gemma_qat_kit.formats.grids import GRIDS, Grid, find_grid
 from gemma_qat_kit.layouts import mobile_bits
+from gemma_qat_kit.qat.tables import tables
 
 MOBILE = ("mobile", "mobile_weight_only")
 QAT_FORMATS = (*MOBILE, *GRIDS)
@@ -57,6 +58,8 @@ class Schedule:
         Raises:
             BadSettingError: With the expression.
         """
+        for name in tables(module):
+            self.grid(name)
         for pattern, _ in self._overrides:
             if pattern.pattern not in self._used:
                 example = next((name for name, part in module.named_modules() if isinstance(part, nn.Linear)), "")
