@@ -120,7 +120,7 @@ def computing(module: nn.Module, mode: str) -> Iterator[None]:
         mode: `FLOAT`, as before quantization, with the weights that a teacher keeps or else the masters; or `PLAIN`,
             those rounded by the plain rule of their format, without any training.
     """
-    parts = [part for part in module.modules() if hasattr(part, "mode")]
+    parts = [part for part in module.modules() if getattr(part, "mode", None) == GRID]  # not torch's own modes
     try:
         for part in parts:
             part.mode = mode

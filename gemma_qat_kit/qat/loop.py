@@ -25,9 +25,10 @@ def train_steps(
         for part in parts:
             with nullcontext() if part is parts[-1] else accelerator.no_sync(model):
                 with autocast():
-                    logits = model(part, use_cache=False).logits  # every weight goes through its grid
-                loss = teacher.loss(logits, part) * len(part) / len(batch)
-                accelerator.backward(scaler.scale(loss))  # and its gradient straight through
+                    # Every weight goes through its grid here, and its gradient straight through below.
+                    answer = model(part, use_cache=False, output_hidden_states=teacher.wants_hidden)
+                loss = teacher.loss(answer, part) * len(part) / len(batch)
+                accelerator.backward(scaler.scale(loss))
             total += loss.detach()
         loss = accelerator.reduce(total, "mean").item()
         if not math.isfinite(loss):

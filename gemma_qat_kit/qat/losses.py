@@ -5,6 +5,8 @@ Kullback-Leibler divergence and a constant. Logits are float32 (tokens, words) t
 Source: https://developers.googleblog.com/en/gemma-3-quantized-aware-trained-state-of-the-art-ai-to-consumer-gpus/
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -34,6 +36,24 @@ class _Distillation(torch.autograd.Function):
     def backward(ctx, of_loss: torch.Tensor) -> tuple[torch.Tensor, None]:
         (gradient,) = ctx.saved_tensors
         return (gradient * of_loss).to(ctx.dtype), None
+
+
+def hidden_distance(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the mean squared distance of hidden states, relative to the teacher's: each layer is told where it is off.
+
+    Args:
+        ours: Hidden states after each layer, (..., tokens, hidden).
+        theirs: The teacher's, likewise.
+
+    Source: as in Sanh et al. 2019, arXiv:1910.01108, with squares in place of the angle.
+    """
+    layers = zip(ours, theirs, strict=True)
+    return torch.stack([_relative(our.float(), their.float()) for our, their in layers]).mean()
+
+
+def _relative(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+    size = theirs.square().mean(-1)
+    return ((ours - theirs).square().mean(-1) / size.clamp_min(1e-6)).mean()
 
 
 def distillation_from_top(logits: torch.Tensor, words: torch.Tensor, log_shares: torch.Tensor) -> torch.Tensor:

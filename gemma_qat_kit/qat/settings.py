@@ -23,6 +23,7 @@ class TrainSettings:
         learning_rate: How far a weight may move in one update, in steps of its own grid: a weight has to travel half a
             step at most to change its code, so the number means the same for every model and layer.
         scale_learning_rate: Likewise for scales, as a share of themselves.
+        hidden_weight: Of the distance of hidden states in the loss, beside that of the words; for a teacher in memory.
         warmup: Share of the updates in which the rate rises; afterwards it falls as half a cosine.
         num_evaluations: How often the held-out text is measured while training; the best point is kept.
         patience: Training stops after so many evaluations without a better one.
@@ -39,6 +40,7 @@ class TrainSettings:
     gradient_accumulation: int = 1
     learning_rate: float = 0.01
     scale_learning_rate: float = 0.003
+    hidden_weight: float = 1.0
     warmup: float = 0.1
     num_evaluations: int = 4
     patience: int = 3
@@ -52,7 +54,12 @@ class TrainSettings:
             value = getattr(self, name)
             if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
                 raise _wrong(name, value, f"It is an integer from {least}.", type(self).__dataclass_fields__)
-        for name, most in {"learning_rate": 1.0, "scale_learning_rate": 1.0, "warmup": 1.0}.items():
+        for name, most in {
+            "learning_rate": 1.0,
+            "scale_learning_rate": 1.0,
+            "warmup": 1.0,
+            "hidden_weight": 1e6,
+        }.items():
             value = getattr(self, name)
             if not isinstance(value, Real) or not 0 <= value <= most:
                 raise _wrong(name, value, f"It is a number from 0 to {most:g}.", type(self).__dataclass_fields__)

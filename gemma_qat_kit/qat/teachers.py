@@ -8,7 +8,7 @@ from torch import nn
 from gemma_qat_kit.errors import BadSettingError, unknown_name
 from gemma_qat_kit.qat.batches import Windows
 from gemma_qat_kit.qat.fake_quantizer import FLOAT, computing, masters
-from gemma_qat_kit.qat.losses import cross_entropy, distillation, distillation_from_top
+from gemma_qat_kit.qat.losses import cross_entropy, distillation, distillation_from_top, hidden_distance
 from gemma_qat_kit.quality.post_training import module_of
 
 TEACHERS = ("memory", "cache")
@@ -20,23 +20,29 @@ class Itself:
 
     is_text = False
 
-    def __init__(self, module: nn.Module):
-        self._module = module
+    def __init__(self, module: nn.Module, hidden_weight: float):
+        self._module, self._hidden_weight = module, hidden_weight
+        self.wants_hidden = hidden_weight > 0
         for master, quantizer in masters(module).values():
             if quantizer.reference is None:
                 quantizer.reference = master.detach().to(quantizer.dtype, copy=True)
 
-    def loss(self, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """Return the distance from the model before quantization on the same windows."""
+    def loss(self, answer, ids: torch.Tensor) -> torch.Tensor:
+        """Return the distance from the model before quantization on the same windows: of its words, and of the hidden
+        states on the way to them."""
         with torch.no_grad(), computing(self._module, FLOAT):
-            theirs = self._module(ids, use_cache=False).logits
-        return distillation(logits.flatten(0, 1), theirs.flatten(0, 1))
+            theirs = self._module(ids, use_cache=False, output_hidden_states=self.wants_hidden)
+        loss = distillation(answer.logits.flatten(0, 1), theirs.logits.flatten(0, 1))
+        if self.wants_hidden:
+            distance = hidden_distance(answer.hidden_states[1:], theirs.hidden_states[1:])
+            loss = loss + self._hidden_weight * distance.to(loss.device)
+        return loss
 
 
 class Another:
     """Another model with the same vocabulary."""
 
-    is_text = False
+    is_text, wants_hidden = False, False
 
     def __init__(self, teacher, module: nn.Module):
         self._teacher = module_of(teacher)
@@ -48,17 +54,17 @@ class Another:
                 'Take a model of the same family, or teacher="memory" for the model itself before quantization.',
             )
 
-    def loss(self, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    def loss(self, answer, ids: torch.Tensor) -> torch.Tensor:
         """Return the distance from the other model on the same windows."""
         with torch.no_grad():
-            theirs = self._teacher(ids.to(self._teacher.device), use_cache=False).logits.to(logits.device)
-        return distillation(logits.flatten(0, 1), theirs.flatten(0, 1))
+            theirs = self._teacher(ids.to(self._teacher.device), use_cache=False).logits.to(answer.logits.device)
+        return distillation(answer.logits.flatten(0, 1), theirs.flatten(0, 1))
 
 
 class Cached:
     """The model before quantization, asked once for all windows of the run; only its likeliest words are kept."""
 
-    is_text = False
+    is_text, wants_hidden = False, False
 
     def __init__(self, module: nn.Module, windows: Windows, report: Callable[[int, int], None]):
         self._kept: dict[bytes, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -71,21 +77,22 @@ class Cached:
                 self._kept[key] = top.values.cpu(), top.indices.to(torch.int32).cpu()
         report(len(used), len(used))
 
-    def loss(self, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    def loss(self, answer, ids: torch.Tensor) -> torch.Tensor:
         """Return the distance from what was kept of the same windows."""
         shares, words = zip(*(self._kept[_key(window)] for window in ids), strict=True)
+        logits = answer.logits.flatten(0, 1)
         shares, words = torch.cat(shares).to(logits.device), torch.cat(words).to(logits.device, torch.int64)
-        return distillation_from_top(logits.flatten(0, 1), words, shares)
+        return distillation_from_top(logits, words, shares)
 
 
 class TheText:
     """No teacher: the text itself, as in plain fine-tuning."""
 
-    is_text = True
+    is_text, wants_hidden = True, False
 
-    def loss(self, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    def loss(self, answer, ids: torch.Tensor) -> torch.Tensor:
         """Return the mean surprise at the next tokens."""
-        return cross_entropy(logits, ids)
+        return cross_entropy(answer.logits, ids)
 
 
 def find_teacher(teacher, module: nn.Module, windows: Windows, report: Callable[[int, int], None]):
@@ -98,7 +105,7 @@ def find_teacher(teacher, module: nn.Module, windows: Windows, report: Callable[
     if teacher is None:
         return TheText()
     if teacher == "memory":
-        return Itself(module)
+        return Itself(module, windows.settings.hidden_weight)
     if teacher == "cache":
         return Cached(module, windows, report)
     if isinstance(teacher, str):
