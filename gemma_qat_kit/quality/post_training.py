@@ -55,10 +55,10 @@ def linears(module: nn.Module) -> dict[str, nn.Parameter]:
         if any(word in name for word in _KEPT):
             continue
         if isinstance(part, nn.Linear):
-            found[f"{name}.weight"] = part.weight
+            found[f"{name}.weight"] = getattr(part, "weight", None)  # packed under other names in w4a16
         elif name.endswith("experts"):
             found |= {f"{name}.{last}": getattr(part, last) for last in _EXPERTS if hasattr(part, last)}
-    if not found or not all(weight.is_floating_point() for weight in found.values()):
+    if not found or not all(weight is not None and weight.is_floating_point() for weight in found.values()):
         raise BadSettingError(
             f"{type(module).__name__} has {'quantized' if found else 'no'} linear layers.",
             "Post-training quantization starts from layers in float32, bfloat16 or float16.",
