@@ -114,7 +114,7 @@ def test_watching_keeps_samples_with_the_largest_value_and_leaves_no_hooks():
         for batch in seen:
             assert side.abs().max() >= batch.abs().max()
             assert batch.flatten()[0] in side
-        assert len(side) <= 2 * 5000 + 2
+        assert len(side) < 3 * 2**12  # of 2,000 rows, 64 values each on one side
         assert torch.isin(side, torch.cat([batch.flatten() for batch in seen])).all()
 
 
