@@ -12,7 +12,7 @@ from gemma_qat_kit.qat.fake_quantizer import FLOAT, PLAIN, computing
 from gemma_qat_kit.qat.prepare import prepare_qat
 from gemma_qat_kit.quality.post_training import linears
 
-SHORT = TEXT[:400]
+SHORT = TEXT[:80]
 NONE = {}  # no importance: the plain search for scales
 prepare = functools.partial(prepare_qat, report=quiet)
 

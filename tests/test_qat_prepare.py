@@ -19,7 +19,7 @@ from gemma_qat_kit.qat.state import trained
 from gemma_qat_kit.quality.post_training import collect_importance, linears
 
 FORMATS = ("q4_0", "mobile")
-SHORT = TEXT[:400]
+SHORT = TEXT[:80]
 NONE = {}  # no importance: the plain search for scales
 prepare = functools.partial(prepare_qat, report=quiet)
 

@@ -11,7 +11,7 @@ from gemma_qat_kit.errors import BadSettingError, BadTensorError, CancelledError
 from gemma_qat_kit.qat.fake_quantizer import masters, quantizers
 from gemma_qat_kit.qat.prepare import KeptInFloatWarning, prepare_qat
 
-SHORT = TEXT[:400]
+SHORT = TEXT[:80]
 NONE = {}  # no importance: the plain search for scales
 prepare = functools.partial(prepare_qat, report=quiet)
 

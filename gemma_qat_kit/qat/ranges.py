@@ -55,9 +55,10 @@ class _Rounded(torch.autograd.Function):
 
 def add_ranges(linear: nn.Linear, inputs: torch.Tensor, outputs: torch.Tensor, learns: bool) -> None:
     """Round a linear's inputs and outputs from now on, in place."""
+    if not hasattr(linear, "input_range"):  # else it was prepared and converted before
+        linear.register_forward_pre_hook(_round_input)
+        linear.register_forward_hook(_round_output)
     linear.input_range, linear.output_range = StaticRange(inputs, learns), StaticRange(outputs, learns)
-    linear.register_forward_pre_hook(_round_input)
-    linear.register_forward_hook(_round_output)
 
 
 def _round_input(linear: nn.Linear, args: tuple) -> tuple:
