@@ -9,7 +9,7 @@ AS_ROOT = $(if $(filter 0,$(shell id -u)),--allow-root)
 OVERLAY = PYTHONPATH=$(CURDIR)/.overlays/$(1) GQK_OVERLAY=$(1) .venv/bin/python -m pytest tests/test_overlays.py
 LOADERS = $(wildcard tests/test_load*.py tests/test_engine*.py tests/test_per_layer_table.py)
 ON_COLAB = test_widgets test_picker test_chat_panel test_bit_explorer test_quantize_panel test_memory_panel \
-	test_memory_chart test_out_of_memory_panel test_notebooks
+	test_memory_chart test_out_of_memory_panel test_training_panel test_notebooks
 # An activated environment would come before the overlays: IPython 7 puts it first on the path.
 unexport VIRTUAL_ENV
 

@@ -13,6 +13,7 @@ _MODULES = {
     "OutOfMemoryPanel": "out_of_memory_panel",
     "Picker": "picker",
     "QuantizePanel": "quantize_panel",
+    "TrainingPanel": "training_panel",
 }
 __all__ = [*_MODULES]
 

@@ -20,6 +20,7 @@ from gemma_qat_kit.memory.parts import (
     OPTIMIZER,
     REPACKED,
     TABLE,
+    TEACHER,
     TEXT_LAYERS,
     VISION,
     Part,
@@ -43,9 +44,16 @@ PART_COLOURS = {
     LOGITS: "#B3A800",
     GRADIENTS: "#8C4A2F",
     OPTIMIZER: "#5D6D7E",
+    TEACHER: "#B08D57",
     ENGINE: "#999999",
 }
-_SHORT = {EMBEDDINGS: "embeddings", TABLE: "per-layer", REPACKED: "repacked", KEY_VALUES: "KV cache"}
+_SHORT = {
+    EMBEDDINGS: "embeddings",
+    TABLE: "per-layer",
+    REPACKED: "repacked",
+    TEACHER: "teacher",
+    KEY_VALUES: "KV cache",
+}
 _DARK = (TEXT_LAYERS, EMBEDDINGS, AUDIO, DRAFTER, ADAPTERS, GRADIENTS, OPTIMIZER)  # colours that white reads on
 WARNING = "var(--jp-error-color1, #D32F2F)"
 WIDTH, LEFT, RIGHT = 420, 34, 14

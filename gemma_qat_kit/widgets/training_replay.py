@@ -1,0 +1,159 @@
+"""The replay of a training run: where one group of weights stood after each step, over the levels of its grid."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from gemma_qat_kit.catalog import FORMAT_COLOURS
+from gemma_qat_kit.formats.grids import Grid
+from gemma_qat_kit.qat.fake_quantizer import masters
+from gemma_qat_kit.widgets.look import escape
+
+NUM_WEIGHTS = 32
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 320, 36, 8, 6, 42
+_MARGIN = 0.7  # steps of the grid above the highest weight and below the lowest one
+_SMALLEST_GAP = 17  # between two labels; on a phone their letters are as high
+_MOVED = "#D55E00"
+_FRAME = (
+    f'<rect x="{LEFT}" y="{TOP}" width="{WIDTH - LEFT - RIGHT}" height="{HEIGHT - TOP - BOTTOM}" fill="none" '
+    'stroke="currentColor" stroke-dasharray="4 6" opacity=".4"/>'
+)
+_EMPTY = "The walk of 32 weights over the levels of their grid, step by step: nothing is trained yet."
+_LEGEND = (
+    "Lines are the levels of the grid with their codes, dotted ones where rounding tips over. A ring is where a weight "
+    "began, the dot where it is now; below are the codes, orange where the code is another one than at first."
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the group stood.
+
+    Attributes:
+        step: Updates made before.
+        values: The masters.
+        scale: Of the group, as a file stores it.
+        codes: What the weights are rounded to.
+    """
+
+    step: int
+    values: tuple[float, ...]
+    scale: float
+    codes: tuple[int, ...]
+
+    @property
+    def heights(self) -> tuple[float, ...]:
+        """The masters in steps of the grid: the code is the nearest integer that there is."""
+        return tuple(value / self.scale if self.scale else 0.0 for value in self.values)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Which weights are watched: the first ones of the first trained weight."""
+
+    name: str
+    grid: Grid
+
+    @property
+    def title(self) -> str:
+        """Where they lie."""
+        return f"{self.name.removesuffix('.weight')}, row 0, weights 0 to {NUM_WEIGHTS - 1}"
+
+
+def find_group(module: nn.Module) -> Group:
+    """Return the group of a prepared model that is watched."""
+    name, (_, quantizer) = next(iter(masters(module).items()))
+    return Group(name, quantizer.grid)
+
+
+def take_place(module: nn.Module, step: int) -> Place:
+    """Copy the group that is watched, as it is now."""
+    master, quantizer = next(iter(masters(module).values()))
+    values, scale = master.detach().flatten()[:NUM_WEIGHTS].cpu(), quantizer.scale.detach().flatten()[:1].cpu()
+    codes = quantizer.grid.codes(values, scale)
+    return Place(step, tuple(values.tolist()), quantizer.grid.stored_scale(scale).item(), tuple(codes.tolist()))
+
+
+def replay_html(group: Group | None, places: Sequence[Place], index: int) -> str:
+    """Draw the group after one of the steps, and from where each weight has come; empty before there is one."""
+    words = _EMPTY if group is None else _caption(group, places, index)
+    drawn = [_FRAME] if group is None else _drawn(group, places, index)
+    return (
+        f'<div class="gqk-text gqk-train-caption">{escape(words)}</div>'
+        f'<svg class="gqk-train-svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(words)}" '
+        f'fill="currentColor" font-size="12">{"".join(drawn)}</svg>'
+        f'<div class="gqk-text gqk-quiet gqk-train-legend">{_LEGEND}</div>'
+    )
+
+
+def _caption(group: Group, places: Sequence[Place], index: int) -> str:
+    now, first = places[index], places[0]
+    moved = sum(a != b for a, b in zip(now.codes, first.codes, strict=True))
+    return (
+        f"{group.title}, after step {now.step}: {moved} of {len(now.codes)} codes changed; "
+        f"scale {now.scale:.4g}, at first {first.scale:.4g}."
+    )
+
+
+def _drawn(group: Group, places: Sequence[Place], index: int) -> list[str]:
+    low, high = _range(group.grid, places)
+
+    def y(height: float) -> float:
+        return TOP + (high - height) / (high - low) * (HEIGHT - TOP - BOTTOM)
+
+    colour = FORMAT_COLOURS["q4_0" if group.grid.is_half else "mobile"]
+    lines = _levels(group.grid, low, high, y, colour)
+    return lines + [_weight(i, places[0], places[index], y, colour) for i in range(len(places[0].codes))]
+
+
+def _range(grid: Grid, places: Sequence[Place]) -> tuple[float, float]:
+    """Return what is shown: all that the weights ever were, the same in each frame, and a level on either side."""
+    heights = [height for place in places for height in place.heights]
+    low, high = min(heights), max(heights)
+    return min(low, grid.high) - _MARGIN, max(high, grid.low) + _MARGIN
+
+
+def _levels(grid: Grid, low: float, high: float, y, colour: str) -> list[str]:
+    """Draw the levels that can be seen, their codes where there is room, and the borders between few of them."""
+    codes = range(max(grid.low, math.ceil(low)), min(grid.high, math.floor(high)) + 1)
+    gap = (HEIGHT - TOP - BOTTOM) / (high - low)
+    every = 2 ** max(0, math.ceil(math.log2(_SMALLEST_GAP / gap)))
+    drawn = []
+    for code in codes:
+        if code % every and gap < 4:
+            continue
+        drawn.append(_line(LEFT, y(code), WIDTH - RIGHT, y(code), colour, 1.2, 0.55))
+        if code % every == 0:
+            drawn.append(_text(LEFT - 8, y(code) + 4, "end", code))
+        if gap >= _SMALLEST_GAP and code < grid.high and code + 0.5 < high:
+            border = 'stroke="currentColor" stroke-width="1" opacity=".3" stroke-dasharray="1 5"'
+            drawn.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(code + 0.5):.1f}" y2="{y(code + 0.5):.1f}" '
+                         f"{border}/>")  # fmt: skip
+    return drawn
+
+
+def _weight(i: int, first: Place, now: Place, y, colour: str) -> str:
+    """Draw a weight as a dot, where it began as a ring, the way between, and its code below."""
+    x = LEFT + (i + 0.5) * (WIDTH - LEFT - RIGHT) / len(first.codes)
+    start, here = y(first.heights[i]), y(now.heights[i])
+    has_moved, is_wide = now.codes[i] != first.codes[i], max(map(abs, now.codes + first.codes)) > 9
+    below = HEIGHT - BOTTOM + 24 + (i % 2 * 14 - 7) * is_wide  # wide codes stand in two rows, in turn
+    colour = _MOVED if has_moved else colour
+    label = f'font-weight="700" fill="{_MOVED}"' if has_moved else 'opacity=".7"'
+    return (
+        _line(x, start, x, here, colour, 2.5, 0.8)
+        + f'<circle cx="{x:.1f}" cy="{start:.1f}" r="4" fill="none" stroke="currentColor" opacity=".5"/>'
+        + f'<circle cx="{x:.1f}" cy="{here:.1f}" r="{6 if has_moved else 4.5}" fill="{colour}"/>'
+        + f'<text x="{x:.1f}" y="{below}" text-anchor="middle" {label}>{now.codes[i]}</text>'
+    )
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, colour: str, width: float, opacity: float) -> str:
+    ends = f'x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"'
+    return f'<line {ends} stroke="{colour}" stroke-width="{width}" opacity="{opacity}"/>'
+
+
+def _text(x: float, y: float, anchor: str, text: object) -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
