@@ -1,5 +1,6 @@
 """Text as windows of tokens: what is trained on, in an order that a seed decides, and a slice that is held out."""
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,14 @@ class Windows:
     sources: tuple[torch.Tensor, ...]
     held_out: torch.Tensor
     settings: TrainSettings
+
+    @property
+    def digest(self) -> str:
+        """What tells these windows from all others."""
+        found = hashlib.sha256()
+        for tokens in (*self.sources, self.held_out):
+            found.update(tokens.numpy().tobytes())
+        return found.hexdigest()[:16]
 
     def batch(self, step: int) -> torch.Tensor:
         """Return the windows of an update (rows, tokens), counted from 0: each text in turn, in a shuffled order that

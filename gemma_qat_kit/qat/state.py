@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -16,7 +15,6 @@ from torch import nn
 
 from gemma_qat_kit.errors import BadSettingError, BrokenCheckpointError, NotEnoughDiskError
 from gemma_qat_kit.qat.fake_quantizer import masters
-from gemma_qat_kit.qat.settings import TrainSettings
 from gemma_qat_kit.units import readable_bytes
 
 _NAME = "qat_checkpoint.safetensors"
@@ -58,6 +56,7 @@ def fingerprint(module: nn.Module) -> str:
         before = master.detach() if quantizer.reference is None else quantizer.reference
         sample = before.flatten()[:: max(1, before.numel() // 64)].float().cpu()
         digest.update(f"{name} {tuple(master.shape)} {quantizer.grid}".encode() + sample.numpy().tobytes())
+    digest.update(" ".join(trained(module)).encode())
     return digest.hexdigest()[:16]
 
 
@@ -67,12 +66,13 @@ class Checkpoints:
     Args:
         folder: Where it lies; made if it does not exist.
         module: A prepared model.
-        settings: Of the run.
+        mark: Its fingerprint before training.
+        settings: Of the run: all of `TrainSettings`, and "text" and "teacher".
     """
 
-    def __init__(self, folder: Path, module: nn.Module, settings: TrainSettings, mark: str):
+    def __init__(self, folder: Path, module: nn.Module, mark: str, settings: dict):
         self.path, self._module = Path(folder).expanduser() / _NAME, module
-        self._facts = {"model": mark, "settings": asdict(settings)}
+        self._facts = {"model": mark, "settings": settings}
 
     def check_room(self) -> None:
         """Refuse a disk that has no room for two checkpoints, since the old one stays until the new one is whole.
@@ -151,6 +151,9 @@ class Checkpoints:
                     key: value if key == "step" else value.to(parameter.device) for key, value in state.items()
                 }
         best = {name.removeprefix("best."): value for name, value in tensors.items() if name.startswith("best.")}
+        for name, (_, quantizer) in masters(self._module).items():
+            if not quantizer.scale.requires_grad:
+                quantizer.scale.copy_(best[f"{name}.scale"])  # the plain rule's, if the run began there
         return facts["step"], best, facts["history"]
 
     def _check(self, facts: dict) -> None:
@@ -178,7 +181,8 @@ class Checkpoints:
 
 def _differing(theirs: dict, ours: dict) -> Iterable[str]:
     free = ("checkpoint_every",)
-    return [f"{name}={theirs.get(name)!r}" for name in ours if name not in free and theirs.get(name) != ours[name]]
+    names = [name for name in ours if name not in free and theirs.get(name) != ours[name]]
+    return ["another text" if name == "text" else f"{name}={theirs.get(name)!r}" for name in names]
 
 
 def _reason(err: Exception) -> str:

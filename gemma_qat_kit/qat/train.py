@@ -99,7 +99,9 @@ class _Training:
         ranges = [p for name, p in trained(module).items() if name.endswith("_range.scale")]
         self.optimizer = make_optimizer(masters(module).values(), ranges, settings)
         self.scaler = torch.amp.GradScaler(module.device.type, enabled=self.dtype == torch.float16)
-        self.checkpoints = Checkpoints(Path(folder), module, settings, self.mark) if folder is not None else None
+        asked = asdict(settings) | {"text": windows.digest}
+        asked["teacher"] = teacher if isinstance(teacher, str | None) else "another model"
+        self.checkpoints = Checkpoints(Path(folder), module, self.mark, asked) if folder is not None else None
         self.steps: list[Step] = []
         self.evaluations: list[Evaluation] = []
         self.first_step, self.seconds, self.best_kept = 0, 0.0, {}
@@ -150,6 +152,8 @@ class _Training:
         self.steps = [Step(**step) for step in history["steps"]]
         self.evaluations = [Evaluation(**each) for each in history["evaluations"]]
         self.seconds = history["seconds"]
+        if history["scaler"]:
+            self.scaler.load_state_dict(history["scaler"])
 
     def _take_plain_rule(self) -> None:
         """Begin from the plain rule where the search for scales did worse on this text: no run may end below it."""
@@ -188,8 +192,8 @@ class _Training:
 
     def _save(self, step: int, seconds: float) -> None:
         if self.accelerator.is_main_process:
-            history = {"steps": [asdict(s) for s in self.steps], "seconds": seconds,
-                       "evaluations": [asdict(e) for e in self.evaluations]}  # fmt: skip
+            history = {"steps": [asdict(s) for s in self.steps], "evaluations": [asdict(e) for e in self.evaluations],
+                       "seconds": seconds, "scaler": self.scaler.state_dict()}  # fmt: skip
             self.checkpoints.save(step, self.optimizer, self.best_kept, history)
         self.accelerator.wait_for_everyone()
 
