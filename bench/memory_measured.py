@@ -26,9 +26,9 @@ CONTEXTS = (2048, 8192)
 TRAINING = (
     {"task": "finetune", "sequence_length": 1024},
     {"task": "finetune", "sequence_length": 512, "gradient_checkpointing": False},
-    {"task": "qat", "sequence_length": 512},
-    {"task": "qat", "sequence_length": 256, "gradient_checkpointing": False},
-    {"task": "qat", "sequence_length": 256, "gradient_accumulation": 2, "optimizer": "sgd"},
+    {"task": "qat", "teacher": "none", "sequence_length": 512},
+    {"task": "qat", "teacher": "none", "sequence_length": 256, "gradient_checkpointing": False},
+    {"task": "qat", "teacher": "none", "sequence_length": 256, "gradient_accumulation": 2, "optimizer": "sgd"},
 )
 _CHAT = """
 import sys

@@ -63,6 +63,8 @@ def train(model: nn.Module, settings: MemorySettings, num_steps: int = 3) -> tup
     """Take a few steps on random tokens; return the bytes of what is trained and of the optimizer's state."""
     weights = prepare(model, settings)
     optimizer = torch.optim.AdamW(weights, lr=1e-5) if settings.optimizer == "adamw" else torch.optim.SGD(weights)
+    # The codes of the best point so far, which `train_qat` keeps.
+    kept = [torch.ones_like(weight, dtype=torch.int8) for weight in weights if settings.task == "qat"]
     shape = settings.batch_size, settings.sequence_length
     vocab = model.config.get_text_config().vocab_size
     for _ in range(num_steps):
@@ -72,6 +74,7 @@ def train(model: nn.Module, settings: MemorySettings, num_steps: int = 3) -> tup
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     state = (t for of in optimizer.state.values() for t in of.values() if isinstance(t, torch.Tensor))
+    del kept
     return sum(weight.nbytes for weight in weights), sum(tensor.nbytes for tensor in state)
 
 

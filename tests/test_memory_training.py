@@ -40,11 +40,12 @@ print(json.dumps({"planned": plan.in_place("ram"), "measured": use.peak.in_place
     ("size", "format", "changes"),
     [
         ("smollm2-135m", "float32", {"task": "finetune", "sequence_length": 256, "gradient_checkpointing": False}),
-        ("smollm2-135m", "float32", {"task": "qat", "sequence_length": 64, "optimizer": "sgd"}),
+        ("smollm2-135m", "float32", {"task": "qat", "teacher": "none", "sequence_length": 64, "optimizer": "sgd"}),
         ("tiny E2B", "bf16", {"task": "finetune", "sequence_length": 512, "batch_size": 5,
                               "gradient_checkpointing": False}),
-        ("tiny 12B", "bf16", {"task": "qat", "sequence_length": 512, "batch_size": 4, "gradient_checkpointing": False}),
-        ("tiny E4B", "bf16", {"task": "qat", "sequence_length": 512, "batch_size": 6}),
+        ("tiny 12B", "bf16", {"task": "qat", "teacher": "none", "sequence_length": 512, "batch_size": 4,
+                               "gradient_checkpointing": False}),
+        ("tiny E4B", "bf16", {"task": "qat", "teacher": "none", "sequence_length": 512, "batch_size": 6}),
     ],
 )  # fmt: skip
 def test_the_peak_of_training_is_within_ten_percent_of_the_plan(size, format, changes):

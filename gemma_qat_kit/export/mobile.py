@@ -1,4 +1,4 @@
-"""`export_mobile`: a trained model as a folder in the layout of Gemma's mobile checkpoints, which transformers loads."""
+"""`export_mobile`: a trained model as a folder laid out as Gemma's mobile checkpoints, which transformers loads."""
 
 import json
 import re
@@ -35,10 +35,10 @@ def export_mobile(model, folder: str | Path, *, overwrite: bool = False) -> Path
     """
     module, folder = module_of(model), Path(folder).expanduser()
     ships = stored(module)
-    bits = _bits(module)
-    if not bits or any(kind == "Q4_0" for kind, _ in ships.blocks.values()):
+    bits, is_q4_0 = _bits(module), any(kind == "Q4_0" for kind, _ in ships.blocks.values())
+    if is_q4_0 or not bits:
         raise BadSettingError(
-            f"{type(module).__name__} has {'weights on the Q4_0 grid' if bits else 'no mobile codes'}.",
+            f"{type(module).__name__} has {'weights on the Q4_0 grid' if is_q4_0 else 'no mobile codes'}.",
             "A mobile checkpoint holds the codes that prepare_qat with a mobile format and convert_qat leave.",
             'Prepare the model with "mobile", train and convert it; export_gguf writes the others.',
         )
@@ -92,11 +92,12 @@ def _write(module: nn.Module, model, state: dict[str, torch.Tensor], bits: dict[
 
 def _config(module: nn.Module, bits: dict[str, int]) -> dict:
     config = module.config.to_dict()
-    config["tie_word_embeddings"] = False
-    if isinstance(config.get("text_config"), dict):
-        config["text_config"]["tie_word_embeddings"] = False
-    floats = [name for name, part in module.named_modules()
-              if name not in bits and (isinstance(part, nn.Linear | nn.Embedding) or name.endswith("per_layer"))]  # fmt: skip
+    for section in (config, config.get("text_config")):
+        if isinstance(section, dict):
+            section["tie_word_embeddings"] = False
+            section.pop("output_attentions", None)  # a setting of the moment, which published configs do not have
+    parts = ((name, part) for name, part in module.named_modules() if name not in bits)
+    floats = [name for name, part in parts if isinstance(part, nn.Linear | nn.Embedding) or name.endswith("per_layer")]
     rules = {}
     for width in sorted({*bits.values()} - {_USUAL_BITS}):
         names = "|".join(re.escape(name) for name, own in bits.items() if own == width)

@@ -46,6 +46,8 @@ def _chat(settings: MemorySettings) -> Iterator[Step]:
 def _training(settings: MemorySettings) -> Iterator[Step]:
     if settings.optimizer == "adamw":
         yield "8-bit optimizer", replace(settings, optimizer="adamw_8bit")
+    if settings.task == "qat" and settings.teacher == "memory":
+        yield 'the teacher\'s likeliest words (teacher="cache")', replace(settings, teacher="cache")
     yield from _halved(settings, "batch_size", 1)
     yield from _halved(settings, "sequence_length", 256)
     if settings.task == "qat":

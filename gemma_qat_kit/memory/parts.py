@@ -14,9 +14,10 @@ TEXT_LAYERS, TABLE, EMBEDDINGS = "text layers", "per-layer embeddings", "token e
 VISION, AUDIO, DRAFTER = "vision", "audio", "drafter"
 REPACKED = "text layers, repacked"  # llama.cpp's own copy of Q4_0 matrices in the order that its CPU kernels read
 ADAPTERS, GRADIENTS, OPTIMIZER = "adapters", "gradients", "optimizer"
+TEACHER = "teacher and best point"  # of QAT: the weights before quantization, and the codes of the best point so far
 KEY_VALUES, ACTIVATIONS, LOGITS, ENGINE = "key/value cache", "activations", "logits", "engine"
 WEIGHTS = (TEXT_LAYERS, REPACKED, EMBEDDINGS, TABLE, VISION, AUDIO, DRAFTER, ADAPTERS)
-PARTS = (*WEIGHTS, KEY_VALUES, ACTIVATIONS, LOGITS, GRADIENTS, OPTIMIZER, ENGINE)
+PARTS = (*WEIGHTS, KEY_VALUES, ACTIVATIONS, LOGITS, GRADIENTS, OPTIMIZER, TEACHER, ENGINE)
 """Every name, in the order to show them."""
 
 

@@ -14,6 +14,7 @@ KV_FORMATS = {"bf16": 2.0, "q8_0": 34 / 32}
 TABLE_PLACES = ("disk", "cpu", "memory")
 DEVICES = ("cpu", "cuda")
 ENGINES = ("llama_cpp", "transformers")
+TEACHERS = ("memory", "cache", "none")
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -37,6 +38,7 @@ class MemorySettings:
         gradient_accumulation: Batches whose gradients are added up before a step; from 2 on they stay all the time.
         gradient_checkpointing: Keep one hidden state per layer and compute the rest again.
         logits_chunk_length: Tokens whose logits are computed at once in training; None takes all of the batch.
+        teacher: Of QAT: the model before quantization in "memory", its likeliest words in a "cache", or "none".
         kv_format: One of `KV_FORMATS`.
         text_only: Without the vision and audio towers.
         per_layer_table: Where the per-layer embeddings of E2B and E4B lie: left on "disk" and looked up row by row,
@@ -59,6 +61,7 @@ class MemorySettings:
     gradient_accumulation: int = 1
     gradient_checkpointing: bool = True
     logits_chunk_length: int | None = 256
+    teacher: str = "memory"
     kv_format: str = "bf16"
     text_only: bool = True
     per_layer_table: str = "disk"
@@ -72,7 +75,7 @@ class MemorySettings:
 
     def __post_init__(self):
         names = {"task": TASKS, "optimizer": OPTIMIZERS, "kv_format": KV_FORMATS, "per_layer_table": TABLE_PLACES,
-                 "device": DEVICES, "engine": ENGINES}  # fmt: skip
+                 "device": DEVICES, "engine": ENGINES, "teacher": TEACHERS}  # fmt: skip
         for name, known in names.items():
             check_name(name, getattr(self, name), known)
         for name, largest in (("batch_size", 4096), ("lora_rank", 4096), ("gradient_accumulation", 2**20)):

@@ -5,7 +5,17 @@ adapter beside it is trained, a norm its input in float32, attention its queries
 """
 
 from gemma_qat_kit.memory.network import Layer, Network, find_network
-from gemma_qat_kit.memory.parts import ACTIVATIONS, ADAPTERS, GRADIENTS, LOGITS, OPTIMIZER, TEXT_LAYERS, Part
+from gemma_qat_kit.memory.parts import (
+    ACTIVATIONS,
+    ADAPTERS,
+    GRADIENTS,
+    LOGITS,
+    OPTIMIZER,
+    TEACHER,
+    TEXT_LAYERS,
+    Part,
+    merged,
+)
 from gemma_qat_kit.memory.settings import OPTIMIZERS, MemorySettings
 
 _LOSS_BYTES = 12  # per logit: in float32 itself, its log-probability and its gradient
@@ -29,7 +39,15 @@ def training_parts(settings: MemorySettings) -> list[Part]:
         _leave_out_what_never_meets(parts, network, settings)
     if place == "ram":  # a CPU's kernels pack the head's matrix anew before they multiply with it
         parts[ACTIVATIONS] += compute_bytes(settings) * network.vocab * network.hidden
-    return [Part(name, nbytes, place) for name, nbytes in parts.items()]
+    return [Part(name, nbytes, place) for name, nbytes in parts.items()] + _teacher_parts(settings, trained)
+
+
+def _teacher_parts(settings: MemorySettings, trained: int) -> list[Part]:
+    """Return the weights before quantization, in the dtype of the file, and the best codes, a byte each in RAM."""
+    if settings.task != "qat":
+        return []
+    kept = (FLOAT32 if settings.format == "float32" else 2) * trained if settings.teacher == "memory" else 0
+    return list(merged([Part(TEACHER, kept, settings.place), Part(TEACHER, trained, "ram")]))
 
 
 def _leave_out_what_never_meets(parts: dict[str, int], network: Network, settings: MemorySettings) -> None:

@@ -38,8 +38,8 @@ class TrainSettings:
     batch_size: int = 2
     sequence_length: int = 256
     gradient_accumulation: int = 1
-    learning_rate: float = 0.01
-    scale_learning_rate: float = 0.003
+    learning_rate: float = 0.005
+    scale_learning_rate: float = 0.001
     hidden_weight: float = 1.0
     warmup: float = 0.1
     num_evaluations: int = 4
