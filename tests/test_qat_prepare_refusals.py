@@ -103,3 +103,9 @@ def test_preparing_can_be_stopped_and_the_model_is_as_before(stage, error):
     assert not quantizers(module)
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
     assert all(p.requires_grad for p in module.parameters())
+
+
+def test_a_table_outside_the_model_is_named(tiny):
+    with gqk.load(str(tiny("E2B", "bf16")), device="cpu", report=quiet) as model:
+        with pytest.warns(KeptInFloatWarning, match=r"embed_tokens_per_layer.*per_layer_table=\"memory\""):
+            prepare_qat(model, "q4_0", calibration={}, report=quiet)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from gemma_qat_kit.engines.transformers_table import HostTable
 from gemma_qat_kit.errors import BadSettingError
 from gemma_qat_kit.formats import q4_0, q4_0_grid
 from gemma_qat_kit.formats.grids import Grid, starting_scale
@@ -184,6 +185,13 @@ def _rounded_tables(module: nn.Module, schedule: Schedule, is_trained: bool) -> 
     sharing: dict[int, list[tuple[str, nn.Module]]] = {}
     for name, (part, parameter) in tables(module).items():
         sharing.setdefault(id(parameter), []).append((name, part))
+    if left := [name for name, part in module.named_modules() if isinstance(part, HostTable)]:
+        warnings.warn(
+            f"{left[0]} is looked up outside the model and stays as it is in its file; an export rounds it. To train "
+            'beside the rounded table, load the model with per_layer_table="memory".',
+            KeptInFloatWarning,
+            stacklevel=3,
+        )
     made = [([part for _, part in users], _table(users[0][0], users[0][1].weight, schedule, is_trained))
             for users in sharing.values()]  # fmt: skip
     return [(parts, quantizer) for parts, quantizer in made if quantizer is not None]
