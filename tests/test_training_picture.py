@@ -13,18 +13,27 @@ from gemma_qat_kit.qat.fake_quantizer import FakeQuantizer, attach
 from gemma_qat_kit.qat.run import Step
 from gemma_qat_kit.qat.settings import TrainSettings
 from gemma_qat_kit.widgets.training_figures import figures_html, readable_duration
-from gemma_qat_kit.widgets.training_picture import BOTTOM, HEIGHT, LEFT, TOP, WIDTH, charts_html, readable_perplexity
+from gemma_qat_kit.widgets.training_picture import (
+    BOTTOM,
+    HEIGHT,
+    LEFT,
+    TEXT_LOSS,
+    TOP,
+    WIDTH,
+    charts_html,
+    readable_perplexity,
+)
 from gemma_qat_kit.widgets.training_replay import Group, Place, find_group, replay_html, take_place
 from gemma_qat_kit.widgets.training_session import Choice, TrainingSession
 
 LINES = Lines(2.6, Evaluation(0, 2.8, 0.3))
 
 
-def charts(losses=(), nats=(), lines=LINES, is_text=False):
+def charts(losses=(), nats=(), lines=LINES, loss="Loss: KL divergence"):
     steps = [Step(i + 1, loss, 1.0) for i, loss in enumerate(losses)]
     evaluations = [Evaluation(i, value, value) for i, value in enumerate(nats)]
     best = min(evaluations, key=lambda each: each.nats, default=None)
-    return charts_html(steps, lines, evaluations, best, max(1, len(losses), len(nats)), is_text)
+    return charts_html(steps, lines, evaluations, best, max(1, len(losses), len(nats)), loss)
 
 
 def numbers(html, name):
@@ -32,9 +41,9 @@ def numbers(html, name):
 
 
 @pytest.mark.parametrize("num_steps", [0, 1, 3, 5000])
-@pytest.mark.parametrize("is_text", [False, True])
-def test_a_loss_curve_of_any_length_stays_within_its_axes(num_steps, is_text):
-    html = charts([3 + math.sin(i) for i in range(num_steps)], lines=None, is_text=is_text)
+@pytest.mark.parametrize("loss", [TEXT_LOSS, "Loss: another"])
+def test_a_loss_curve_of_any_length_stays_within_its_axes(num_steps, loss):
+    html = charts([3 + math.sin(i) for i in range(num_steps)], lines=None, loss=loss)
     assert html.count("<circle") == min(num_steps, 300) if num_steps < 5000 else 200 < html.count("<circle") <= 300
     assert all(TOP - 0.1 <= y <= HEIGHT - BOTTOM + 0.1 for y in numbers(html, "cy"))
     assert all(LEFT <= x <= WIDTH for x in numbers(html, "cx"))
@@ -74,6 +83,14 @@ def test_the_figures_say_nothing_before_a_run_and_where_nothing_was_lost():
     assert "<b>–</b>" in figures_html(session, choice)
     session.lines = LINES
     assert "<b>125%</b>" in figures_html(session, choice), "(2.8 - 2.55) / (2.8 - 2.6)"
+
+
+@pytest.mark.parametrize(("teacher", "hidden_weight", "name"), [
+    ("memory", 1.0, "KL divergence and distance of hidden states<"), ("memory", 0.0, "KL divergence, nats per token<"),
+    ("cache", 1.0, "KL divergence, nats per token<"), ("text", 1.0, "surprise at the text, nats per token<"),
+])  # fmt: skip
+def test_the_loss_has_the_name_of_what_is_made_smaller(teacher, hidden_weight, name):
+    assert f">Loss: {name}" in figures_html(None, Choice("q4_0", teacher, TrainSettings(hidden_weight=hidden_weight)))
 
 
 def test_the_best_point_is_the_one_that_train_qat_keeps():

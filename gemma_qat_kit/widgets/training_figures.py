@@ -6,7 +6,7 @@ from gemma_qat_kit.catalog import FORMAT_COLOURS
 from gemma_qat_kit.errors import KitError
 from gemma_qat_kit.units import readable_bytes
 from gemma_qat_kit.widgets.look import escape
-from gemma_qat_kit.widgets.training_picture import charts_html, readable_perplexity
+from gemma_qat_kit.widgets.training_picture import TEXT_LOSS, charts_html, readable_perplexity
 from gemma_qat_kit.widgets.training_session import Choice, TrainingSession
 
 TRAINING_STYLE = """<style>
@@ -45,10 +45,18 @@ def figures_html(session: TrainingSession | None, choice: Choice) -> str:
         evaluations,
         session and session.best,
         choice.settings.num_steps,
-        choice.teacher == "text",
+        _loss(choice),
         FORMAT_COLOURS["mobile" if choice.format.startswith("mobile") else "q4_0"],
     )
     return _facts_html(_facts(session)) + charts
+
+
+def _loss(choice: Choice) -> str:
+    """Say what the loss of each step is."""
+    if choice.teacher == "text":
+        return TEXT_LOSS
+    has_hidden = choice.teacher == "memory" and choice.settings.hidden_weight > 0
+    return f"Loss: KL divergence{' and distance of hidden states' if has_hidden else ', nats per token'}"
 
 
 def _facts(session: TrainingSession | None) -> list[tuple[str, str]]:

@@ -11,6 +11,7 @@ from gemma_qat_kit.widgets.look import escape
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 360, 240, 46, 30, 40
 _RIGHT, _RIGHT_OF_LABELS = 14, 84
 _LABEL_GAP = 15
+TEXT_LOSS = "Loss: surprise at the text, nats per token"
 _MOST_DRAWN = 300  # steps of a longer run are drawn as means
 
 
@@ -20,7 +21,7 @@ def charts_html(
     evaluations: Sequence[Evaluation],
     best: Evaluation | None,
     num_steps: int,
-    is_text: bool,
+    loss: str,
     colour: str = FORMAT_COLOURS["q4_0"],
 ) -> str:
     """Draw the loss of each step, and beside it the held-out text; the axes are there before the first point is.
@@ -31,10 +32,10 @@ def charts_html(
         evaluations: Looks at the held-out text.
         best: The one that is kept.
         num_steps: Steps that are to be made.
-        is_text: Whether the text is trained on, without a teacher.
+        loss: What it is, `TEXT_LOSS` or another.
         colour: Of what is trained.
     """
-    parts = _loss_svg(steps, num_steps, is_text, colour), _held_out_svg(lines, evaluations, best, num_steps, colour)
+    parts = _loss_svg(steps, num_steps, loss, colour), _held_out_svg(lines, evaluations, best, num_steps, colour)
     return f'<div class="gqk-train-charts">{"".join(parts)}</div>'
 
 
@@ -46,11 +47,10 @@ def readable_perplexity(nats: float) -> str:
     return f"{value:,.0f}" if value < 1e5 else f"{value:.1e}".replace("e+0", "e").replace("e+", "e")
 
 
-def _loss_svg(steps: Sequence[Step], num_steps: int, is_text: bool, colour: str) -> str:
-    title = f"Loss: {'surprise at the text' if is_text else 'KL divergence'}, nats per token"
+def _loss_svg(steps: Sequence[Step], num_steps: int, title: str, colour: str) -> str:
     points = _thinned([(step.step, step.loss) for step in steps])
     losses = [loss for _, loss in points]
-    low = min(losses) * 0.9 if is_text and losses else 0.0
+    low = min(losses) * 0.9 if title == TEXT_LOSS and losses else 0.0  # a distance has a zero to reach
     axes = _Axes(num_steps, low, max(losses, default=1.0) * 1.05 or 1.0, WIDTH - _RIGHT)
     drawn = axes.drawn(_round_ticks(axes.low, axes.high))
     drawn += [f'<circle cx="{axes.x(step):.1f}" cy="{axes.y(loss):.1f}" r="2.5" fill="{colour}" opacity=".45"/>'
