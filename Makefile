@@ -6,7 +6,6 @@ NOTEBOOK ?= notebooks/00_start_here.ipynb
 JUPYTER_ARGS ?=
 OPENED = --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/$(NOTEBOOK)
 AS_ROOT = $(if $(filter 0,$(shell id -u)),--allow-root)
-OVERLAY = PYTHONPATH=$(CURDIR)/.overlays/$(1) GQK_OVERLAY=$(1) .venv/bin/python -m pytest tests/test_overlays.py
 LOADERS = $(wildcard tests/test_load*.py tests/test_engine*.py tests/test_per_layer_table.py)
 ON_COLAB = test_widgets test_picker test_chat_panel test_bit_explorer test_quantize_panel test_memory_panel \
 	test_memory_chart test_out_of_memory_panel test_training_panel test_notebooks
@@ -24,9 +23,13 @@ test: python
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/python -m pytest
-	$(call OVERLAY,transformers-5.15.0) $(LOADERS)
-	$(call OVERLAY,transformers-5.23.0) $(LOADERS)
-	$(call OVERLAY,colab) $(ON_COLAB:%=tests/%.py)
+	@$(MAKE) --jobs=2 --output-sync=target overlay/transformers-5.15.0 overlay/transformers-5.23.0 overlay/colab
+
+# The same tests with other releases installed over the usual ones, two at a time, each on one core.
+overlay/transformers-%: FILES = $(LOADERS)
+overlay/colab: FILES = $(ON_COLAB:%=tests/%.py)
+overlay/%:
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/.overlays/$* GQK_OVERLAY=$* .venv/bin/python -m pytest tests/test_overlays.py $(FILES)
 
 # Back to a fresh clone: removes what the two commands above installed.
 clean:
