@@ -272,6 +272,14 @@ def test_a_second_run_still_knows_the_model_before_quantization():
         assert surprise(pair) == pytest.approx(surprise(twin), rel=1e-6)
 
 
+@pytest.mark.parametrize("teacher", [None, "cache"])
+def test_a_second_run_without_the_weights_of_before_is_refused(teacher):
+    pair = ready()
+    train(pair, teacher=teacher)
+    with pytest.raises(BadSettingError, match=r"trained already.*teacher=\"memory\" keeps.*Load and prepare"):
+        train(pair, teacher=teacher)
+
+
 def test_a_loaded_gemma_is_trained_in_its_own_dtype(tiny):
     with gqk.load(str(tiny("12B", "bf16")), device="cpu", report=quiet) as model:
         prepare_qat(model, "int2_g32", calibration={}, report=quiet)

@@ -31,6 +31,7 @@ class FakeQuantizer(nn.Module):
         super().__init__()
         self.grid, self.dtype, self.mode = grid, dtype, GRID
         self.reference: torch.Tensor | None = None  # the weight before training, where a teacher needs it
+        self.has_moved = False  # whether training changed the master
         self.scale = nn.Parameter(scale, requires_grad=learns_scale)
 
     def forward(self, master: torch.Tensor) -> torch.Tensor:

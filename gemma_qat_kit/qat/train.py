@@ -163,6 +163,8 @@ class _Training:
         self._evaluate(0)
 
     def _train(self, started: float) -> str:
+        for _, quantizer in masters(self.module).values():
+            quantizer.has_moved = True
         model = self.accelerator.prepare_model(self.module)
         before = time.perf_counter()
         self._report_step(self.first_step)
@@ -211,6 +213,12 @@ def _prepared(model) -> nn.Module:
             "This model is not prepared.",
             "train_qat trains what prepare_qat put into a model.",
             'Call prepare_qat(model, "q4_0") first.',
+        )
+    if any(quantizer.has_moved and quantizer.reference is None for _, quantizer in masters(module).values()):
+        raise BadSettingError(
+            "This model was trained already, and its weights before quantization were not kept.",
+            'Only teacher="memory" keeps them, and every run is measured against them.',
+            "Load and prepare the model again; a run with a folder then goes on from its checkpoint.",
         )
     return module
 
