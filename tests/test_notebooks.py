@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import math
 import os
 import re
 import statistics
@@ -152,6 +153,7 @@ def test_a_notebook_runs_from_top_to_bottom_offline(path, monkeypatch, tmp_path)
     stored = notebook.metadata.widgets["application/vnd.jupyter.widget-state+json"]["state"].values()
     states = [state["state"] for state in stored]
     checks = {"00_start_here": _check_start_here, "01_quantize": _check_quantize, "02_memory": _check_memory}
+    checks["03_qat"] = _check_qat
     checks[path.stem](notebook, states)
 
 
@@ -208,6 +210,24 @@ def _check_memory(notebook, states):
     offers = _printed(notebook, "plan = gqk.plan_memory").splitlines()
     assert offers
     assert all(float(line.split()[0]) <= 12 for line in offers)
+
+
+def _check_qat(notebook, states):
+    shown = " ".join(str(state.get("value", "")) for state in states)
+    assert "The model is at its best point, after step" in shown
+    assert "of 32 codes changed" in shown
+    assert "distance of hidden states" in shown
+    rows = {row[0]: row[1:] for row in _table(notebook, "run = panel.run()")}
+    plain, start = (float(rows[name][1]) for name in ("plain rule", next(name for name in rows if "prepared" in name)))
+    kept = float(next(row[1] for name, row in rows.items() if "kept" in name))
+    assert kept <= start < plain, "careful scales win back much, and training keeps the best point"
+    assert "every weight goes through its grid" in _printed(notebook, "import inspect").lower()
+    damaged = float(_table(notebook, "gqk.compare_formats")[-1][3])
+    read = _cell(notebook, "gqk.perplexity").outputs[-1].data["text/plain"]
+    assert math.exp(float(re.search(r"nats=([\d.]+)", read)[1])) < damaged
+    assert "verified" in _cell(notebook, "import tempfile").outputs[-1].data["text/html"]
+    for start in ("model = gqk.load(SIZE", "with gqk.load(file.path)"):
+        assert re.search("force|mass|gravit", _printed(notebook, start))
 
 
 def _cell(notebook, start):
