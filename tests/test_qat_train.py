@@ -140,6 +140,16 @@ def test_stopping_before_anything_was_measured_leaves_the_model_as_it_was(error)
     assert all(torch.equal(before[name], now) for name, now in values(pair).items())
 
 
+@STOPS
+def test_stopping_before_the_first_update_moves_nothing_so_that_any_run_may_follow(error):
+    pair = ready()
+    before = values(pair)
+    run = train(pair, teacher=None, watch=lambda event: raising(error)() if isinstance(event, Evaluation) else None)
+    assert not run.steps
+    assert all(torch.equal(before[name], now) for name, now in values(pair).items())
+    assert len(train(pair, teacher=None, num_steps=1).steps) == 1
+
+
 def test_the_report_may_stop_a_run_too():
     def stop(progress):
         if progress.stage == "training" and progress.done_bytes == 3:

@@ -44,6 +44,7 @@ def restore(module: nn.Module, kept: dict[str, torch.Tensor]) -> None:
         codes = kept[f"{name}.codes"].to(master.device).float()
         step = quantizer.grid.stored_scale(quantizer.scale)[..., None]
         master.copy_((codes.unflatten(-1, (quantizer.scale.shape[-1], -1)) * step).flatten(-2))
+        quantizer.has_moved = True
     for name, parameter in trained(module).items():
         if name.endswith("_range.scale"):
             parameter.copy_(kept[name])

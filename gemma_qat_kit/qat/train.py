@@ -104,7 +104,7 @@ class _Training:
         self.checkpoints = Checkpoints(Path(folder), module, self.mark, asked) if folder is not None else None
         self.steps: list[Step] = []
         self.evaluations: list[Evaluation] = []
-        self.first_step, self.seconds, self.best_kept = 0, 0.0, {}
+        self.first_step, self.seconds, self.best_kept, self.has_begun = 0, 0.0, {}, False
 
     def run(self) -> QatRun:
         """Train to the end, or until something stops it."""
@@ -119,7 +119,7 @@ class _Training:
             if not self.evaluations:
                 raise
         finally:
-            if self.best_kept:
+            if self.has_begun:  # else nothing has moved
                 restore(self.module, self.best_kept)
         self.seconds += time.perf_counter() - started
         return QatRun(self.name, self.settings, str(self.dtype).removeprefix("torch."),
@@ -163,8 +163,7 @@ class _Training:
         self._evaluate(0)
 
     def _train(self, started: float) -> str:
-        for _, quantizer in masters(self.module).values():
-            quantizer.has_moved = True
+        self.has_begun = True
         model = self.accelerator.prepare_model(self.module)
         before = time.perf_counter()
         self._report_step(self.first_step)
