@@ -26,7 +26,7 @@ panel = widgets.TrainingPanel(model, settings=settings)
 panel
 """
 
-REAL = "widgets.TrainingPanel(settings=gqk.TrainSettings(num_steps=40, sequence_length=128))"
+REAL = "widgets.TrainingPanel(settings=gqk.TrainSettings(num_steps=40, sequence_length=64))"
 
 
 @pytest.fixture(scope="module")

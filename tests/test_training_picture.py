@@ -101,18 +101,35 @@ def test_the_best_point_is_the_one_that_train_qat_keeps():
         assert session.best is best
 
 
+def network(grid, weight, scale):
+    """A prepared network of one layer."""
+    module = torch.nn.Module()
+    module.layer = torch.nn.Linear(weight.shape[1], len(weight), bias=False)
+    module.layer.weight.data = weight
+    attach([(module.layer, "weight")], FakeQuantizer(grid, scale, torch.float32, True))
+    return module
+
+
 @pytest.mark.parametrize("name", GRIDS)
-def test_a_place_holds_the_codes_that_the_model_computes_with(name):
-    grid, network = GRIDS[name], torch.nn.Module()
-    network.layer = torch.nn.Linear(64, 2, bias=False)
-    scale = torch.full((2, 64 // (grid.group_size or 64)), 0.0123)
-    attach([(network.layer, "weight")], FakeQuantizer(grid, scale, torch.float32, True))
-    place, group = take_place(network, 3), find_group(network)
-    master = network.layer.parametrizations.weight.original.detach()
-    snapped = learned_fake_quantize(master, scale, grid)[0, :32]
+@pytest.mark.parametrize(("row", "column"), [(0, 0), (1, 32)])
+def test_a_place_holds_the_codes_that_the_model_computes_with(name, row, column):
+    grid, weight = GRIDS[name], torch.randn(2, 64) * 0.05
+    scale = 0.01 + 0.01 * torch.rand(2, 64 // (grid.group_size or 64))
+    place = take_place(network(grid, weight, scale), Group("layer.weight", grid, row, column), 3)
+    snapped = learned_fake_quantize(weight, scale, grid)[row, column : column + 32]
     assert torch.equal(torch.tensor(place.codes) * torch.tensor(place.scale), snapped)
-    assert place.values == tuple(master[0, :32].tolist())
-    assert (group.name, group.grid, place.step) == ("layer.weight", grid, 3)
+    assert place.values == tuple(weight[row, column : column + 32].tolist())
+    assert place.step == 3
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_the_group_that_is_watched_has_most_weights_near_a_border(name):
+    grid = GRIDS[name]
+    weight = torch.full((3, 96), 0.3)
+    weight[0, :5], weight[2, 32:40], weight[1, 64:] = 0.45, 0.45, 1e3  # the last: beyond the last level
+    scale = torch.ones(3, 96 // (grid.group_size or 96))
+    assert find_group(network(grid, weight, scale)) == Group("layer.weight", grid, 2, 32)
+    assert find_group(network(grid, weight, torch.zeros_like(scale))).grid == grid
 
 
 def places(grid, moves, scale=0.01):

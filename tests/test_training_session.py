@@ -147,7 +147,7 @@ def test_a_model_that_forgot_its_floats_or_is_converted_must_be_loaded_again(tra
 def test_what_another_call_prepared_is_recognized(trainer, model):
     gqk.prepare_qat(model.hf[0], "int2_g32", report=lambda progress: None)
     panel = TrainingPanel(model, format="int2_g32", settings=SHORT)
-    assert panel._start_button.description == "Train on"
+    assert panel._start_button.description == "Start"
     assert panel.run().ended == "Ran to its end."
     with pytest.raises(BadSettingError, match="prepared for int2_g32 already"):
         TrainingPanel(model, settings=SHORT).run()

@@ -226,7 +226,7 @@ class TrainingPanel(widgets.VBox):
         running = session is not None and session.is_running
         for control in (*self._choices, self._start_button):
             control.disabled = running
-        self._start_button.description = "Train on" if not running and self._is_prepared() else "Start"
+        self._start_button.description = "Train on" if not running and self._is_trained() else "Start"
         self._pause_button.disabled = self._stop_button.disabled = not running or session.is_stopping
         self._pause_button.description = "Resume" if running and session.is_paused else "Pause"
         progress = session.progress if running else None
@@ -241,9 +241,10 @@ class TrainingPanel(widgets.VBox):
         is_news = error is None or isinstance(error, CancelledError)
         self._status.value = status_html(words) if is_news else error_html(error)
 
-    def _is_prepared(self) -> bool:
+    def _is_trained(self) -> bool:
+        """Whether Start would go on with what the last run left."""
         model = self.model
-        if model is None or model.is_closed or model.engine != "transformers":
+        if self.result is None or model is None or model.is_closed or model.engine != "transformers":
             return False
         return prepared_format(module_of(model)) == self._format.value
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from gemma_qat_kit.catalog import FORMAT_COLOURS
@@ -14,6 +15,7 @@ from gemma_qat_kit.widgets.look import escape
 NUM_WEIGHTS = 32
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 320, 36, 8, 6, 42
 _MARGIN = 0.7  # steps of the grid above the highest weight and below the lowest one
+_ROWS, _NEAR = 256, 0.1  # rows that the group is looked for in; steps of the grid from a border that count as near
 _SMALLEST_GAP = 17  # between two labels; on a phone their letters are as high
 _MOVED = "#D55E00"
 _FRAME = (
@@ -23,7 +25,8 @@ _FRAME = (
 _EMPTY = "The walk of 32 weights over the levels of their grid, step by step: nothing is trained yet."
 _LEGEND = (
     "Lines are the levels of the grid with their codes, dotted ones where rounding tips over. A ring is where a weight "
-    "began, the dot where it is now; below are the codes, orange where the code is another one than at first."
+    "began, the dot where it is now; below are the codes, orange where the code is another one than at first. Shown "
+    "are 32 neighbours of which many began near a border."
 )
 
 
@@ -51,27 +54,50 @@ class Place:
 
 @dataclass(frozen=True)
 class Group:
-    """Which weights are watched: the first ones of the first trained weight."""
+    """Which weights are watched: neighbours in one row of the first trained weight.
+
+    Attributes:
+        name: Of the weight.
+        grid: Its grid.
+        row: Leading axes counted as one.
+        column: Of the first of them.
+    """
 
     name: str
     grid: Grid
+    row: int = 0
+    column: int = 0
 
     @property
     def title(self) -> str:
         """Where they lie."""
-        return f"{self.name.removesuffix('.weight')}, row 0, weights 0 to {NUM_WEIGHTS - 1}"
+        last = self.column + NUM_WEIGHTS - 1
+        return f"{self.name.removesuffix('.weight')}, row {self.row}, weights {self.column} to {last}"
 
 
 def find_group(module: nn.Module) -> Group:
-    """Return the group of a prepared model that is watched."""
-    name, (_, quantizer) = next(iter(masters(module).items()))
-    return Group(name, quantizer.grid)
+    """Return the group of a prepared model that is watched: of the first rows, that with most weights near a border.
+
+    A code changes where a weight crosses the border between two levels, and in a short training most are far from one.
+    """
+    name, (master, quantizer) = next(iter(masters(module).items()))
+    width, scale = master.shape[-1], quantizer.scale.detach().flatten(0, -2)[:_ROWS]
+    step = quantizer.grid.stored_scale(scale).repeat_interleave(width // scale.shape[-1], -1)
+    ratio = master.detach().flatten(0, -2)[:_ROWS] / torch.where(step == 0, 1, step)
+    is_near = (
+        ((ratio - ratio.floor() - 0.5).abs() < _NEAR) & (ratio > quantizer.grid.low) & (ratio < quantizer.grid.high)
+    )
+    groups = is_near[:, : width // NUM_WEIGHTS * NUM_WEIGHTS].unflatten(-1, (-1, NUM_WEIGHTS)).sum(-1)
+    row, place = divmod(int(groups.argmax()), groups.shape[-1])
+    return Group(name, quantizer.grid, row, NUM_WEIGHTS * place)
 
 
-def take_place(module: nn.Module, step: int) -> Place:
+def take_place(module: nn.Module, group: Group, step: int) -> Place:
     """Copy the group that is watched, as it is now."""
-    master, quantizer = next(iter(masters(module).values()))
-    values, scale = master.detach().flatten()[:NUM_WEIGHTS].cpu(), quantizer.scale.detach().flatten()[:1].cpu()
+    master, quantizer = masters(module)[group.name]
+    row, scales = (each.detach().flatten(0, -2)[group.row].cpu() for each in (master, quantizer.scale))
+    scale = scales[group.column * len(scales) // len(row)][None]
+    values = row[group.column : group.column + NUM_WEIGHTS]
     codes = quantizer.grid.codes(values, scale)
     return Place(step, tuple(values.tolist()), quantizer.grid.stored_scale(scale).item(), tuple(codes.tolist()))
 

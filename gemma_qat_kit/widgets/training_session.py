@@ -214,13 +214,13 @@ class TrainingSession:
             self.lines, self.group = event, find_group(module)
         elif isinstance(event, Evaluation):
             if event.step == 0:  # told twice where the plain rule turns out to be the better start
-                self.evaluations, self.places = [], [take_place(module, 0)]
+                self.evaluations, self.places = [], [take_place(module, self.group, 0)]
             self.evaluations.append(event)
         else:
             self._last = time.perf_counter()
             self._began = self._began or self._last - event.seconds
             self.steps.append(event)
-            self.places.append(take_place(module, event.step))
+            self.places.append(take_place(module, self.group, event.step))
             self._goes_on.wait()
             self._paused_seconds += time.perf_counter() - self._last
         self._check_stopped()
