@@ -125,9 +125,10 @@ def test_a_place_holds_the_codes_that_the_model_computes_with(name, row, column)
 @pytest.mark.parametrize("name", GRIDS)
 def test_the_group_that_is_watched_has_most_weights_near_a_border(name):
     grid = GRIDS[name]
-    weight = torch.full((3, 96), 0.3)
-    weight[0, :5], weight[2, 32:40], weight[1, 64:] = 0.45, 0.45, 1e3  # the last: beyond the last level
-    scale = torch.ones(3, 96 // (grid.group_size or 96))
+    weight = torch.full((4, 96), 0.3)
+    weight[0, :5], weight[2, 32:40], weight[1, 64:] = 0.48, 0.48, 1e3  # the last: beyond the last level
+    scale = torch.ones(4, 96 // (grid.group_size or 96))
+    weight[3], scale[3] = 4.8, 10  # near, but moving slowly
     assert find_group(network(grid, weight, scale)) == Group("layer.weight", grid, 2, 32)
     assert find_group(network(grid, weight, torch.zeros_like(scale))).grid == grid
 

@@ -15,7 +15,7 @@ from gemma_qat_kit.widgets.look import escape
 NUM_WEIGHTS = 32
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 320, 36, 8, 6, 42
 _MARGIN = 0.7  # steps of the grid above the highest weight and below the lowest one
-_ROWS, _NEAR = 256, 0.1  # rows that the group is looked for in; steps of the grid from a border that count as near
+_ROWS, _NEAR = 256, 0.05  # rows that the group is looked for in; steps of the grid from a border that count as near
 _SMALLEST_GAP = 17  # between two labels; on a phone their letters are as high
 _MOVED = "#D55E00"
 _FRAME = (
@@ -79,17 +79,19 @@ def find_group(module: nn.Module) -> Group:
     """Return the group of a prepared model that is watched: of the first rows, that with most weights near a border.
 
     A code changes where a weight crosses the border between two levels, and in a short training most are far from one.
+    Scales near the median are asked for, since the learning rate of a weight is in steps of that.
     """
     name, (master, quantizer) = next(iter(masters(module).items()))
-    width, scale = master.shape[-1], quantizer.scale.detach().flatten(0, -2)[:_ROWS]
-    step = quantizer.grid.stored_scale(scale).repeat_interleave(width // scale.shape[-1], -1)
+    grid, width = quantizer.grid, master.shape[-1]
+    scale = grid.stored_scale(quantizer.scale.detach().flatten(0, -2)[:_ROWS])
+    step = scale.repeat_interleave(width // scale.shape[-1], -1)
     ratio = master.detach().flatten(0, -2)[:_ROWS] / torch.where(step == 0, 1, step)
-    is_near = (
-        ((ratio - ratio.floor() - 0.5).abs() < _NEAR) & (ratio > quantizer.grid.low) & (ratio < quantizer.grid.high)
-    )
+    median = quantizer.scale.detach().abs().median()
+    is_usual = (step.abs() > 0.5 * median) & (step.abs() < 1.5 * median) & (ratio > grid.low) & (ratio < grid.high)
+    is_near = ((ratio - ratio.floor() - 0.5).abs() < _NEAR) & is_usual
     groups = is_near[:, : width // NUM_WEIGHTS * NUM_WEIGHTS].unflatten(-1, (-1, NUM_WEIGHTS)).sum(-1)
     row, place = divmod(int(groups.argmax()), groups.shape[-1])
-    return Group(name, quantizer.grid, row, NUM_WEIGHTS * place)
+    return Group(name, grid, row, NUM_WEIGHTS * place)
 
 
 def take_place(module: nn.Module, group: Group, step: int) -> Place:
