@@ -1,13 +1,17 @@
 """The dtype of a run: the fastest that the device really has, as long as the model's numbers fit it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from small_network import make_pair
-from small_training import ready, surprise, train, values
+from small_network import TEXT, make_pair, quiet
+from small_training import SETTINGS, ready, surprise, train, values
 
+import gemma_qat_kit as gqk
 from gemma_qat_kit.qat import precision
 from gemma_qat_kit.qat.prepare import prepare_qat
 from gemma_qat_kit.qat.settings import DTYPES
+from gemma_qat_kit.qat.train import train_qat
 
 
 @pytest.fixture
@@ -38,7 +42,7 @@ def test_a_dtype_whose_numbers_overflow_is_passed_over(timed, seed):
     pair = make_pair(seed)
     with torch.no_grad():
         pair[0].model.layers[0].mlp.down_proj.weight.mul_(1e6)
-    prepare_qat(pair, "mobile_int8", calibration={}, report=lambda progress: None)  # whose scales know no float16
+    prepare_qat(pair, "mobile_int8", calibration={}, report=quiet)  # whose scales know no float16
     run = train(pair, dtype="auto", num_steps=1)
     assert run.dtype == "float32"
     assert torch.isfinite(torch.tensor(run.steps[0].loss))
@@ -47,7 +51,7 @@ def test_a_dtype_whose_numbers_overflow_is_passed_over(timed, seed):
 def test_a_model_in_16_bits_keeps_its_own(monkeypatch):
     monkeypatch.setattr(precision, "_matmul_seconds", lambda *a: pytest.fail("measured"))
     pair = make_pair(dtype=torch.bfloat16)
-    prepare_qat(pair, "int2_g32", calibration={}, report=lambda progress: None)
+    prepare_qat(pair, "int2_g32", calibration={}, report=quiet)
     assert train(pair, dtype="auto", num_steps=1).dtype == "bfloat16"
 
 
@@ -74,3 +78,13 @@ def test_devices_are_asked_for_what_they_have(monkeypatch):
     for capability, narrow in (((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
         assert precision._available(torch.device("cuda")) == [torch.float32, narrow]
+
+
+def test_a_loaded_gemma_is_trained_in_its_own_dtype(tiny):
+    with gqk.load(str(tiny("12B", "bf16")), device="cpu", report=quiet) as model:
+        prepare_qat(model, "int2_g32", calibration={}, report=quiet)
+        settings = replace(SETTINGS, num_steps=2, num_evaluations=1, sequence_length=16)
+        run = train_qat(model, TEXT[:400], settings=settings, report=quiet)
+    assert run.dtype == "bfloat16"
+    assert run.name == model.name
+    assert len(run.steps) == 2
