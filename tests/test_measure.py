@@ -1,6 +1,7 @@
 """What is measured: known allocations in this process, in a child, and in a file's pages."""
 
 import itertools
+import mmap
 import os
 import subprocess
 import sys
@@ -113,7 +114,9 @@ print(int("torch" in sys.modules))""") == [0]
 def test_psutil_answers_where_there_is_no_proc(monkeypatch):
     monkeypatch.setattr(measure_process, "PROC", "/nowhere")
     expected = process_memory(children=False)
-    block = bytearray(b"x") * (32 * MIB)
+    # Pages of its own: the allocator may have free memory left over from other tests.
+    block = mmap.mmap(-1, 32 * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    block.write(b"x" * len(block))
     assert is_about(process_memory(children=False).ram - expected.ram, len(block))
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     try:
