@@ -27,9 +27,13 @@ def ready(format="int2_g32", seed=0, **options):
 
 
 def train(pair, text=WORDS, *, teacher="memory", folder=None, watch=None, report=quiet, **changes):
-    """Train with `SETTINGS`, some of them changed."""
-    return train_qat(pair, text, teacher=teacher, settings=replace(SETTINGS, **changes), folder=folder, watch=watch,
-                     report=report)  # fmt: skip
+    """Train with `SETTINGS`, some of them changed, on one core: two would only wait for each other."""
+    settings, num_threads = replace(SETTINGS, **changes), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return train_qat(pair, text, teacher=teacher, settings=settings, folder=folder, watch=watch, report=report)
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def surprise(pair, text=WORDS):

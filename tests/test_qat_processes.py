@@ -26,7 +26,6 @@ import torch
 from accelerate import PartialState
 from gemma_qat_kit.errors import BadSettingError
 from small_training import ready, train, values
-torch.set_num_threads(1)
 pair, seen = ready(), []
 try:
     train(pair, batch_size=3)
