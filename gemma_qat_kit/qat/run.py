@@ -26,7 +26,7 @@ class Step:
 
 @dataclass(frozen=True)
 class QatRun:
-    """A finished or stopped run of `train_qat`; draws itself as a table, `figure()` as a picture.
+    """A finished or stopped run of `train_qat`; draws itself as a table.
 
     Attributes:
         name: The model.
