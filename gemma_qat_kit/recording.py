@@ -13,7 +13,17 @@ from gemma_qat_kit.catalog import SIZES, find_checkpoint
 from gemma_qat_kit.errors import KitError
 from gemma_qat_kit.memory.measure import MemoryOverTime, measure_memory
 from gemma_qat_kit.memory.measure_samples import PLACES_IN_MEMORY
-from gemma_qat_kit.memory.parts import ACTIVATIONS, GRADIENTS, KEY_VALUES, LOGITS, OPTIMIZER, Part, Parts, merged
+from gemma_qat_kit.memory.parts import (
+    ACTIVATIONS,
+    GRADIENTS,
+    KEY_VALUES,
+    LOGITS,
+    OPTIMIZER,
+    TEACHER,
+    Part,
+    Parts,
+    merged,
+)
 from gemma_qat_kit.memory.plan import MemoryPlan, plan_for
 from gemma_qat_kit.memory.receipts import record
 from gemma_qat_kit.memory.receipts_file import receipts_path, warn_once
@@ -82,8 +92,8 @@ def train_receipt(model, settings: MemorySettings | None, optimizer_bytes: Calla
 
 
 def _as_training(plan: Parts) -> Parts:
-    """Count gradients and logits as activations: they are freed one after the other, so only their sum is measured."""
-    freed = (GRADIENTS, LOGITS)
+    """Count what comes and goes, and what a teacher keeps, as activations: only their sum is measured."""
+    freed = (GRADIENTS, LOGITS, TEACHER)
     return Parts(merged(replace(part, name=ACTIVATIONS) if part.name in freed else part for part in plan.placed))
 
 

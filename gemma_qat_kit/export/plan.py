@@ -115,8 +115,9 @@ class GgufPlan:
             yield tensor, lambda part=part, tensor=tensor: self._data(part, tensor)
 
     def _dtype(self, name: str, part: Weight | MobileWeight) -> str:
-        keeps_codes = isinstance(part, MobileWeight) and self._format == "q4_0"
-        return part.ggml_type if keeps_codes else gguf_dtype(name, part.shape, self._format)
+        trained_for = part.ggml_type if isinstance(part, MobileWeight) else part.kind
+        keeps_codes = trained_for is not None and self._format == "q4_0"
+        return trained_for if keeps_codes else gguf_dtype(name, part.shape, self._format)
 
     def _data(self, part: Weight | MobileWeight, tensor: Tensor) -> Iterator[np.ndarray]:
         if not isinstance(part, MobileWeight):

@@ -27,7 +27,7 @@ from gemma_qat_kit.machine import read_cpu_count
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # the enum in the C files
 _SOURCES = tuple(Path(__file__).with_name(name) for name in ("q4_0.c", "learned.c"))
 _FLAGS = ("-O3", "-march=native", "-fopenmp-simd", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC")
-_GROUPS_A_CALL = 2**15  # a megabyte of weights: enough for a thread to be worth waking, and Ctrl-C comes between two
+_VALUES_A_CALL = 2**20  # enough for a thread to be worth waking, and Ctrl-C comes between two
 _HUGE_PAGES = getattr(mmap, "MADV_HUGEPAGE", None)
 
 
@@ -150,7 +150,7 @@ def run(
     """
     num_groups, function = source.numel() // group_size, getattr(library(), kernel)
     inputs, outputs = (source, *beside), (target, *results)
-    size = max(1, _GROUPS_A_CALL // multiple) * multiple
+    size = max(1, _VALUES_A_CALL // group_size // multiple) * multiple
 
     def call(first: int) -> tuple[int, object]:
         places = [ctypes.c_void_p(t.data_ptr() + first * (t.nbytes // num_groups)) for t in (*inputs, *outputs)]

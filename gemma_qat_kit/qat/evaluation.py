@@ -7,6 +7,7 @@ from torch import nn
 
 from gemma_qat_kit.qat.fake_quantizer import FLOAT, PLAIN, computing
 from gemma_qat_kit.qat.losses import cross_entropy, distillation_from_top
+from gemma_qat_kit.quality.scoring import evaluating
 
 _TOP = 256  # likeliest words of the model before quantization, kept of each held-out token
 
@@ -58,13 +59,15 @@ class Evaluator:
 
     def __init__(self, module: nn.Module, windows: torch.Tensor, autocast):
         self._module, self._windows, self._autocast = module, windows.to(module.device), autocast
+        self._top, nats = [], []
         with computing(module, FLOAT):
-            answers = [self._logits(window) for window in self._windows]
-            self._nats = _mean(cross_entropy(a, w[None]) for a, w in zip(answers, self._windows, strict=True))
-        shares = (answer[0].float().log_softmax(-1) for answer in answers)
-        self._top = [(top.indices, top.values) for top in (s.topk(min(_TOP, s.shape[-1])) for s in shares)]
+            for window in self._windows:  # the logits of one at a time: 268 MB with Gemma's vocabulary
+                logits = self._logits(window)
+                nats.append(cross_entropy(logits, window[None]))
+                top = logits[0].log_softmax(-1).topk(min(_TOP, logits.shape[-1]))
+                self._top.append((top.indices, top.values))
         with computing(module, PLAIN):
-            self.lines = Lines(self._nats, self.measure(0))
+            self.lines = Lines(_mean(nats), self.measure(0))
 
     def measure(self, step: int) -> Evaluation:
         """Measure the model as it is now."""
@@ -76,7 +79,7 @@ class Evaluator:
         return Evaluation(step, _mean(nats), _mean(divergence))
 
     def _logits(self, window: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad(), self._autocast():
+        with torch.no_grad(), evaluating(self._module), self._autocast():
             return self._module(window[None], use_cache=False).logits.float()
 
 

@@ -10,6 +10,7 @@ from gemma_qat_kit.qat.batches import Windows
 from gemma_qat_kit.qat.fake_quantizer import FLOAT, computing, masters
 from gemma_qat_kit.qat.losses import cross_entropy, distillation, distillation_from_top, hidden_distance
 from gemma_qat_kit.quality.post_training import module_of
+from gemma_qat_kit.quality.scoring import evaluating
 
 TEACHERS = ("memory", "cache")
 _TOP = 64  # words kept of each token: 99 % of the probability or more on ordinary text, 640 bytes
@@ -30,7 +31,7 @@ class Itself:
     def loss(self, answer, ids: torch.Tensor) -> torch.Tensor:
         """Return the distance from the model before quantization on the same windows: of its words, and of the hidden
         states on the way to them."""
-        with torch.no_grad(), computing(self._module, FLOAT):
+        with torch.no_grad(), evaluating(self._module), computing(self._module, FLOAT):
             theirs = self._module(ids, use_cache=False, output_hidden_states=self.wants_hidden)
         loss = distillation(answer.logits.flatten(0, 1), theirs.logits.flatten(0, 1))
         if self.wants_hidden:
@@ -69,7 +70,7 @@ class Cached:
     def __init__(self, module: nn.Module, windows: Windows, report: Callable[[int, int], None]):
         self._kept: dict[bytes, tuple[torch.Tensor, torch.Tensor]] = {}
         used = {_key(w): w for step in range(windows.settings.num_steps) for w in windows.batch(step)}
-        with torch.no_grad(), computing(module, FLOAT):
+        with torch.no_grad(), evaluating(module), computing(module, FLOAT):
             for done, (key, window) in enumerate(used.items()):
                 report(done, len(used))
                 shares = module(window[None].to(module.device), use_cache=False).logits[0].float().log_softmax(-1)

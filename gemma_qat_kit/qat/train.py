@@ -73,7 +73,7 @@ def train_qat(
     with ExitStack() as stack:
         shown = report or stack.enter_context(progress_bar())
         stack.enter_context(_training_mode(module, settings))
-        planned = _memory_settings(model, settings)
+        planned = _memory_settings(model, settings, teacher)
         if planned is not None:
             stack.enter_context(out_of_memory.help(planned))
         if _has_room(module):
@@ -222,7 +222,7 @@ def _prepared(model) -> nn.Module:
     return module
 
 
-def _memory_settings(model, settings: TrainSettings) -> MemorySettings | None:
+def _memory_settings(model, settings: TrainSettings, teacher) -> MemorySettings | None:
     """Return what the run's plan is made for, None of a model that is not in the catalog."""
     known = settings_of(model) if isinstance(model, Model) else None
     return known and replace(
@@ -233,6 +233,7 @@ def _memory_settings(model, settings: TrainSettings) -> MemorySettings | None:
         gradient_accumulation=settings.gradient_accumulation,
         gradient_checkpointing=settings.gradient_checkpointing,
         logits_chunk_length=None,
+        teacher=teacher if teacher in ("memory", "cache") else "none",
     )
 
 

@@ -53,12 +53,13 @@ class ModuleScorer:
         """Return float32 (tokens, words) on the module's device, computed as in use: without dropout or gradients."""
         import torch
 
-        with torch.inference_mode(), _evaluating(self.module):
+        with torch.inference_mode(), evaluating(self.module):
             return self.module(torch.tensor([ids], device=self.module.device)).logits[0].float()
 
 
 @contextmanager
-def _evaluating(module) -> Iterator[None]:
+def evaluating(module) -> Iterator[None]:
+    """Compute as in use, without dropout, until the block ends."""
     was_training = module.training
     module.eval()
     try:

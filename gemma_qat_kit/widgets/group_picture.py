@@ -50,7 +50,7 @@ def _svg(group) -> str:
 
     labels = [_text(LEFT - 8, y(value) + 4, text, "end") for value, text in round_ticks(limit)]
     weights = "".join(_weight(group, i, y) for i in range(len(group.values)))
-    zero = _line(LEFT, y(0), WIDTH - RIGHT, y(0), "currentColor", 1, 0.6)
+    zero = line(LEFT, y(0), WIDTH - RIGHT, y(0), "currentColor", 1, 0.6)
     caption = _text(LEFT - 8, TOP + PLOT + 20, "code", "end")
     drawn = "".join([*_levels(group, limit, y), *labels, zero, weights, caption])
     return (
@@ -72,7 +72,7 @@ def _levels(group, limit: float, y) -> list[str]:
     for value, code in seen:
         if code % every:
             continue
-        drawn.append(_line(LEFT, y(value), WIDTH - RIGHT, y(value), group_colour(group), 1, 0.4))
+        drawn.append(line(LEFT, y(value), WIDTH - RIGHT, y(value), group_colour(group), 1, 0.4))
         if last - y(value) >= _SMALLEST_GAP:
             drawn.append(_text(WIDTH - RIGHT + 6, y(value) + 4, code, "start"))
             last = y(value)
@@ -86,14 +86,15 @@ def _weight(group, i: int, y) -> str:
     is_wide = max(len(str(code)) for code in group.codes) > 2  # too wide for one row: two, in turn
     below = TOP + PLOT + 20 + (i % 2 * 14 - 7) * is_wide
     return (
-        _line(x, y(0), x, value, "currentColor", 1, 0.4)
-        + _line(x - 7, snapped, x + 7, snapped, group_colour(group), 4, 1)
+        line(x, y(0), x, value, "currentColor", 1, 0.4)
+        + line(x - 7, snapped, x + 7, snapped, group_colour(group), 4, 1)
         + f'<circle cx="{x:.1f}" cy="{value:.1f}" r="4" fill="none" stroke="currentColor" stroke-width="1.5"/>'
         + f'<text x="{x:.1f}" y="{below}" text-anchor="middle">{group.codes[i]}</text>'
     )
 
 
-def _line(x1: float, y1: float, x2: float, y2: float, colour: str, width: int, opacity: float) -> str:
+def line(x1: float, y1: float, x2: float, y2: float, colour: str, width: float, opacity: float) -> str:
+    """Draw a line of an SVG."""
     ends = f'x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"'
     return f'<line {ends} stroke="{colour}" stroke-width="{width}" opacity="{opacity}"/>'
 

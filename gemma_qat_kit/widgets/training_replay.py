@@ -10,6 +10,7 @@ from torch import nn
 from gemma_qat_kit.catalog import FORMAT_COLOURS
 from gemma_qat_kit.formats.grids import Grid
 from gemma_qat_kit.qat.fake_quantizer import masters
+from gemma_qat_kit.widgets.group_picture import line
 from gemma_qat_kit.widgets.look import escape
 
 NUM_WEIGHTS = 32
@@ -152,7 +153,7 @@ def _levels(grid: Grid, low: float, high: float, y, colour: str) -> list[str]:
     for code in codes:
         if code % every and gap < 4:
             continue
-        drawn.append(_line(LEFT, y(code), WIDTH - RIGHT, y(code), colour, 1.2, 0.55))
+        drawn.append(line(LEFT, y(code), WIDTH - RIGHT, y(code), colour, 1.2, 0.55))
         if code % every == 0:
             drawn.append(_text(LEFT - 8, y(code) + 4, "end", code))
         if gap >= _SMALLEST_GAP and code < grid.high and code + 0.5 < high:
@@ -171,16 +172,11 @@ def _weight(i: int, first: Place, now: Place, y, colour: str) -> str:
     colour = _MOVED if has_moved else colour
     label = f'font-weight="700" fill="{_MOVED}"' if has_moved else 'opacity=".7"'
     return (
-        _line(x, start, x, here, colour, 2.5, 0.8)
+        line(x, start, x, here, colour, 2.5, 0.8)
         + f'<circle cx="{x:.1f}" cy="{start:.1f}" r="4" fill="none" stroke="currentColor" opacity=".5"/>'
         + f'<circle cx="{x:.1f}" cy="{here:.1f}" r="{6 if has_moved else 4.5}" fill="{colour}"/>'
         + f'<text x="{x:.1f}" y="{below}" text-anchor="middle" {label}>{now.codes[i]}</text>'
     )
-
-
-def _line(x1: float, y1: float, x2: float, y2: float, colour: str, width: float, opacity: float) -> str:
-    ends = f'x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"'
-    return f'<line {ends} stroke="{colour}" stroke-width="{width}" opacity="{opacity}"/>'
 
 
 def _text(x: float, y: float, anchor: str, text: object) -> str:
