@@ -31,8 +31,8 @@ def give_freed_memory_back() -> bool:
 def keeping_freed_memory() -> Iterator[None]:
     """Let a training loop use its memory again at each step, and give all of it back when the block ends.
 
-    Pages that come from the system must be cleared first: without them a step of QAT on SmolLM2 took 7.7 s instead of
-    10.2. In return a peak may be twice what is in use.
+    Pages that come from the system must be cleared first: without them a step of QAT on SmolLM2, 512 tokens, took 4.9 s
+    instead of 6.9. In return the peak was 5.2 GiB instead of 3.8.
     """
     try:
         libc = ctypes.CDLL(None)
