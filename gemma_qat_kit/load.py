@@ -49,8 +49,8 @@ def load(
         drafter: Generate with the MTP drafter that belongs to the model (formats that run in transformers).
         device: "auto", "cpu" or "cuda".
         per_layer_table: Where the per-layer embeddings of E2B and E4B lie: left on "disk" and looked up row by row,
-            copied to the RAM of the "cpu", or in the "memory" of the device with everything else. llama.cpp leaves
-            them on disk; sizes without them ignore this.
+            copied to the RAM of the "cpu", or a part of the model in the "memory" of its device, where QAT can round
+            and train them. llama.cpp leaves them on disk; sizes without them ignore this.
         kv_format: Of the key/value cache: "bf16", or in llama.cpp "q8_0", which takes half of it.
         revision: Commit, tag or branch of the repository; None keeps to the commit of the first download.
         token: Hub token, or the server's API key. Never printed.

@@ -29,6 +29,7 @@ class Trainer:
         try:
             for event in (lines, evaluations[0]):
                 watch(event)
+            report(Progress("training", 0, settings.num_steps, "steps"))
             for step in range(1, settings.num_steps + 1):
                 while not self.gate.wait(0.01):
                     report(Progress("training", step - 1, settings.num_steps, "steps"))

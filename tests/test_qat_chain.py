@@ -1,8 +1,7 @@
 """What you train is what you ship: trained, converted and exported, one set of values, on every architecture.
 
 The model in training, the converted model, the GGUF as gguf reads it and the mobile checkpoint as plain transformers
-loads it hold the same numbers. Only the per-layer table of E2B and E4B, which stays outside the model on a CPU, is left
-out: a GGUF rounds it when it is written.
+loads it hold the same numbers, the per-layer table of E2B and E4B included.
 """
 
 import warnings
@@ -54,12 +53,13 @@ def codes(model):
 
 @pytest.mark.parametrize("size", GEMMA_SIZES)
 def test_a_q4_0_gguf_holds_the_values_of_training(tiny, tmp_path, size):
-    with gqk.load(str(tiny(size, "bf16")), device="cpu", report=silent) as model:
+    with gqk.load(str(tiny(size, "bf16")), device="cpu", per_layer_table="memory", report=silent) as model:
         before = trained(model, "q4_0")
         gqk.convert_qat(model)
         assert torch.equal(says(model), before)
         path = gqk.export_gguf(model, tmp_path / "trained.gguf", report=silent).path
         values, names = gguf_values(path), published_names(codes(model))
+        assert any("per_layer" in name for name in names) == size.startswith("E")
         for name, value in codes(model).items():
             assert torch.equal(torch.from_numpy(values.pop(gguf_name(names[name]))), value.dequantize()), name
         floats = {gguf_name(published): model.hf[0].get_parameter(name) for name, published in published_names(
@@ -75,7 +75,7 @@ def test_a_q4_0_gguf_holds_the_values_of_training(tiny, tmp_path, size):
 def test_a_mobile_checkpoint_holds_the_values_of_training(tiny, tmp_path, size):
     from transformers import AutoModelForCausalLM
 
-    with gqk.load(str(tiny(size, "bf16")), device="cpu", report=silent) as model:
+    with gqk.load(str(tiny(size, "bf16")), device="cpu", per_layer_table="memory", report=silent) as model:
         before = trained(model, "mobile")
         gqk.convert_qat(model)
         assert torch.equal(says(model), before)

@@ -68,7 +68,9 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(tmp_path):
     whole, resumed = ready(), ready()
     expected, seen = train(whole, **RUN), []
     run = train(resumed, folder=tmp_path, watch=seen.append, **RUN)
-    assert [event.step for event in seen if isinstance(event, Step)] == [5, 6, 7, 8]
+    made, told = [event for event in seen if isinstance(event, Step)], seen[1:]
+    assert made == list(run.steps), "the four that the killed run made, and four more"
+    assert told.index(run.evaluations[1]) == told.index(run.steps[1]) + 1, "told in the order of their happening"
     assert_same(run, expected)
     assert all(torch.equal(value, values(whole)[name]) for name, value in values(resumed).items())
     assert torch.equal(logits(resumed[0]), logits(whole[0]))
@@ -105,6 +107,20 @@ def test_a_scaler_of_float16_losses_goes_on_where_it_was(tmp_path, monkeypatch):
     assert_same(train(resumed, folder=tmp_path, dtype="float16", **RUN), expected)
 
 
+def test_a_run_goes_on_in_the_dtype_that_it_chose(tmp_path, monkeypatch):
+    asked = []
+
+    def choose(module, dtype, window):
+        asked.append(dtype)
+        return torch.bfloat16
+
+    monkeypatch.setattr("gemma_qat_kit.qat.train.choose_dtype", choose)
+    for error in (KilledError, None):
+        with pytest.raises(KilledError) if error else contextlib.nullcontext():
+            train(ready(), folder=tmp_path, dtype="auto", watch=at(5) if error else None, **RUN)
+    assert asked == ["auto", "bfloat16"]
+
+
 @pytest.mark.parametrize("learn_scales", [True, False])
 def test_a_run_that_began_from_the_plain_rule_goes_on_from_there(tmp_path, learn_scales):
     def worse():
@@ -135,7 +151,7 @@ def test_a_finished_run_is_only_read_again(tmp_path):
     expected = train(first, folder=tmp_path / "new" / "folder", **RUN)
     seen = []
     assert_same(train(second, folder=tmp_path / "new" / "folder", watch=seen.append, **RUN), expected)
-    assert not [event for event in seen if isinstance(event, Step)]
+    assert [event.seconds for event in seen if isinstance(event, Step)] == [step.seconds for step in expected.steps]
     assert torch.equal(logits(second[0]), logits(first[0]))
 
 

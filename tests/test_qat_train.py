@@ -1,5 +1,7 @@
 """Training: it helps, it keeps the best point, it tells what happens, and it can be stopped at any moment."""
 
+import time
+
 import pytest
 import torch
 from small_network import TEXT, logits, make_pair
@@ -101,6 +103,15 @@ def test_the_watch_sees_everything_in_the_order_of_its_happening():
     assert tuple(event for event in seen if isinstance(event, Step)) == run.steps
     assert tuple(event for event in seen if isinstance(event, Evaluation)) == run.evaluations
     assert [event.step for event in seen[1:]] == [0, 1, 2, 2, 3, 4, 4, 5, 6, 6]
+
+
+def test_a_step_takes_its_own_time_alone():
+    def watch(event):
+        time.sleep(0.05)  # as a pause does
+
+    started = time.perf_counter()
+    run = train(ready(), watch=watch)
+    assert sum(step.seconds for step in run.steps) < time.perf_counter() - started - 0.05 * len(run.steps)
 
 
 def test_the_report_goes_from_the_first_update_to_the_last():

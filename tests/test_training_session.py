@@ -58,9 +58,8 @@ def test_a_pause_does_not_count_in_the_time_that_is_left(trainer, model):
     assert session.seconds_left == pytest.approx(3 * 1.0), "a step took a second, and three are left"
     trainer.gate.clear()
     threading.Event().wait(0.3)
+    assert session.seconds_left == pytest.approx(3 * 1.0)
     session.resume()
-    wait_for(lambda: session._paused_seconds)
-    assert session._paused_seconds > 0.25
     panel.stop()
     session.done.wait(5)
 

@@ -78,7 +78,7 @@ class TransformersEngine:
             else:
                 config = load_config(folder, text_only)
                 check_context_length(context_length, config.get_text_config().max_position_embeddings)
-                with _table_in(per_layer_table, folder, self.device):
+                with _table_in(per_layer_table, folder):
                     self.model = _load_model(folder, config, self.dtype, self.device, _quantization(format, self.dtype))
                 if format == "mobile":
                     from gemma_qat_kit.engines.transformers_mobile import unpack_in_chunks
@@ -209,9 +209,9 @@ def _load_model(folder: Path, config, dtype, device, quantization):
 
 
 @contextmanager
-def _table_in(place: str, folder: Path, device) -> Iterator[None]:
-    """Keep the per-layer embeddings of a model that is loaded meanwhile on "disk" or in RAM ("cpu")."""
-    if place == "memory" and device.type != "cpu":
+def _table_in(place: str, folder: Path) -> Iterator[None]:
+    """Keep the per-layer embeddings of a model that is loaded meanwhile on "disk" or in RAM ("cpu"), outside it."""
+    if place == "memory":
         yield
         return
     from gemma_qat_kit.engines.transformers_table import left_out, stored_table

@@ -62,7 +62,7 @@ class FrozenTable(nn.Module):
     def __init__(self, stored: Quantized, dtype: torch.dtype):
         super().__init__()
         self.stored, self.mode = stored, GRID
-        self.register_buffer("values", stored.dequantize(dtype), persistent=False)
+        self.register_buffer("values", _as_read(stored, dtype), persistent=False)
 
     def forward(self, original: torch.Tensor) -> torch.Tensor:
         """Return the rounded table, or the original where floats are asked for."""
@@ -71,6 +71,14 @@ class FrozenTable(nn.Module):
     def store(self, original: torch.Tensor) -> Quantized:
         """Return what a file stores."""
         return self.stored
+
+
+def _as_read(stored: Quantized, dtype: torch.dtype) -> torch.Tensor:
+    """Return a table's values as the reader of its file has them: transformers multiplies mobile codes in its dtype."""
+    if not getattr(stored, "format", "").startswith("mobile"):
+        return stored.dequantize(dtype)
+    scale = stored.scale.to(dtype)
+    return (stored.codes.to(dtype).unflatten(-1, (scale.shape[-1], -1)) * scale[..., None]).flatten(-2)
 
 
 def attach(places: list[tuple[nn.Module, str]], quantizer: FakeQuantizer | FrozenTable) -> None:

@@ -187,8 +187,8 @@ def _rounded_tables(module: nn.Module, schedule: Schedule, is_trained: bool) -> 
         sharing.setdefault(id(parameter), []).append((name, part))
     if left := [name for name, part in module.named_modules() if isinstance(part, HostTable)]:
         warnings.warn(
-            f"{left[0]} is looked up outside the model and stays as it is in its file; a GGUF rounds it. On a GPU "
-            'per_layer_table="memory" brings it into the model, and training sees it rounded.',
+            f"{left[0]} is looked up outside the model and stays as it is in its file; a GGUF rounds it. "
+            'load(..., per_layer_table="memory") brings it into the model, and training sees it rounded.',
             KeptInFloatWarning,
             stacklevel=3,
         )

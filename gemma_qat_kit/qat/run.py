@@ -16,7 +16,7 @@ class Step:
     Attributes:
         step: Counted from 1.
         loss: Mean over its windows, in nats per token.
-        seconds: That it took, with the evaluation before it if there was one.
+        seconds: That it took; without what came after it, an evaluation, a checkpoint or a pause.
     """
 
     step: int

@@ -114,6 +114,14 @@ class Checkpoints:
             draft.unlink(missing_ok=True)
             raise self._no_room(_reason(err)) from err
 
+    def dtype(self) -> str | None:
+        """Return the name of the dtype that the checkpoint's run computed in; None where there is none to read."""
+        try:
+            with safe_open(self.path, "pt") as file:
+                return json.loads(file.metadata()["qat"])["history"]["dtype"].removeprefix("torch.")
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+            return None  # `load` says what is wrong with it
+
     def load(self, optimizer: torch.optim.Optimizer) -> tuple[int, dict, dict] | None:
         """Put the model and its optimizer where a checkpoint left them.
 

@@ -7,7 +7,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from gemma_qat_kit import out_of_memory
@@ -55,8 +56,9 @@ def train_qat(
         settings: None for the defaults.
         folder: For checkpoints. A run that was killed goes on exactly from the last one, once the model is loaded and
             prepared again.
-        watch: Called with each update and evaluation; may block to pause, or raise CancelledError to stop.
-        report: Called with the progress; raise CancelledError in it to stop. None draws a bar.
+        watch: Called with each update and evaluation, those of a resumed run's earlier parts included; may block to
+            pause, or raise CancelledError to stop.
+        report: Called with the progress; raise CancelledError in it to stop. None draws a bar, in the first process.
 
     Returns:
         What happened. Ctrl-C and CancelledError end a run early, and it still keeps its best point.
@@ -71,7 +73,8 @@ def train_qat(
     module, scorer = _prepared(model), scorer_of_module(model)
     windows = read_windows(scorer, text, settings)
     with ExitStack() as stack:
-        shown = report or stack.enter_context(progress_bar())
+        is_first = PartialState(cpu=module.device.type == "cpu").is_main_process
+        shown = report or (stack.enter_context(progress_bar()) if is_first else _ignore)
         stack.enter_context(_training_mode(module, settings))
         planned = _memory_settings(model, settings, teacher)
         if planned is not None:
@@ -92,16 +95,16 @@ class _Training:
         self.accelerator = Accelerator(cpu=module.device.type == "cpu")
         _check_rows(settings, self.accelerator.num_processes)
         self.mark = fingerprint(module)
-        self.dtype = choose_dtype(module, settings.dtype, windows.held_out[0])
+        asked = asdict(settings) | {"text": windows.digest}
+        asked["teacher"] = teacher if isinstance(teacher, str | None) else "another model"
+        self.checkpoints = Checkpoints(Path(folder), module, self.mark, asked) if folder is not None else None
+        self.dtype = self._dtype()
         is_own = self.dtype == next(iter(masters(module).values()))[1].dtype
         self.autocast = nullcontext if is_own else lambda: autocast(module.device, self.dtype)
         self.teacher = find_teacher(teacher, module, windows, self._report_teacher)
         ranges = [p for name, p in trained(module).items() if name.endswith("_range.scale")]
         self.optimizer = make_optimizer(masters(module).values(), ranges, settings)
         self.scaler = torch.amp.GradScaler(module.device.type, enabled=self.dtype == torch.float16)
-        asked = asdict(settings) | {"text": windows.digest}
-        asked["teacher"] = teacher if isinstance(teacher, str | None) else "another model"
-        self.checkpoints = Checkpoints(Path(folder), module, self.mark, asked) if folder is not None else None
         self.steps: list[Step] = []
         self.evaluations: list[Evaluation] = []
         self.first_step, self.seconds, self.best_kept, self.has_begun = 0, 0.0, {}, False
@@ -137,6 +140,12 @@ class _Training:
         kept = (value for state in self.optimizer.state.values() for value in state.values())
         return sum(value.nbytes for value in kept)
 
+    def _dtype(self) -> torch.dtype:
+        """Return the dtype of the run: that of its checkpoint, else one that is chosen once for all processes."""
+        asked = (self.checkpoints and self.checkpoints.dtype()) or self.settings.dtype
+        chosen = choose_dtype(self.module, asked, self.windows.held_out[0])
+        return broadcast_object_list([chosen])[0]
+
     def _begin(self) -> None:
         """Measure what training moves between, and go where an earlier run stopped."""
         evaluator = Evaluator(self.module, self.windows.held_out, self.autocast)
@@ -154,6 +163,9 @@ class _Training:
         self.seconds = history["seconds"]
         if history["scaler"]:
             self.scaler.load_state_dict(history["scaler"])
+        self.has_begun = True
+        for event in sorted([*self.steps, *self.evaluations], key=lambda event: event.step):
+            self.watch(event)
 
     def _take_plain_rule(self) -> None:
         """Begin from the plain rule where the search for scales did worse on this text: no run may end below it."""
@@ -169,17 +181,16 @@ class _Training:
         self._report_step(self.first_step)
         for step, loss in train_steps(model, self.optimizer, self.scaler, self.teacher, self.windows, self.settings,
                                       self.accelerator, self.autocast, self.first_step):  # fmt: skip
-            now = time.perf_counter()
-            self.steps.append(Step(step, loss, now - before))
-            before = now
+            self.steps.append(Step(step, loss, time.perf_counter() - before))
             self.watch(self.steps[-1])
             if self.settings.evaluates_after(step):
                 self._evaluate(step)
             if self.checkpoints and step % self.settings.checkpoint_every == 0:
-                self._save(step, self.seconds + now - started)
+                self._save(step, self.seconds + time.perf_counter() - started)
             self._report_step(step)
             if self._has_stalled():
                 return f"Stopped after {step} steps: the last {self.settings.patience} evaluations were no better."
+            before = time.perf_counter()
         return "Ran to its end."
 
     def _evaluate(self, step: int) -> None:
@@ -194,7 +205,7 @@ class _Training:
     def _save(self, step: int, seconds: float) -> None:
         if self.accelerator.is_main_process:
             history = {"steps": [asdict(s) for s in self.steps], "evaluations": [asdict(e) for e in self.evaluations],
-                       "seconds": seconds, "scaler": self.scaler.state_dict()}  # fmt: skip
+                       "seconds": seconds, "scaler": self.scaler.state_dict(), "dtype": str(self.dtype)}  # fmt: skip
             self.checkpoints.save(step, self.optimizer, self.best_kept, history)
         self.accelerator.wait_for_everyone()
 

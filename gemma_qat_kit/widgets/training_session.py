@@ -1,11 +1,11 @@
 """One run of a TrainingPanel: prepare and train in a thread, what came of it so far, and how to pause and stop it."""
 
 import threading
-import time
 import weakref
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from statistics import mean
 
 from torch import nn
 
@@ -104,7 +104,6 @@ class TrainingSession:
         self.use = measure_memory()
         self._stopped, self._goes_on = threading.Event(), threading.Event()
         self._goes_on.set()
-        self._began, self._last, self._paused_seconds = 0.0, 0.0, 0.0
 
     def work(self, find_model: Callable[[Callable], Model], text, folder) -> None:
         """Do it all in this thread.
@@ -164,12 +163,11 @@ class TrainingSession:
 
     @property
     def seconds_left(self) -> float | None:
-        """An estimate from the steps so far, without pauses; None before the first one."""
+        """An estimate from the steps so far; None before the first one."""
         steps = self.steps
         if not steps or not self.is_running:
             return None
-        seconds = self._last - self._began - self._paused_seconds
-        return seconds / len(steps) * (self.choice.settings.num_steps - steps[-1].step)
+        return mean(step.seconds for step in steps) * (self.choice.settings.num_steps - steps[-1].step)
 
     @property
     def words(self) -> str:
@@ -217,13 +215,17 @@ class TrainingSession:
                 self.evaluations, self.places = [], [take_place(module, self.group, 0)]
             self.evaluations.append(event)
         else:
-            self._last = time.perf_counter()
-            self._began = self._began or self._last - event.seconds
             self.steps.append(event)
-            self.places.append(take_place(module, self.group, event.step))
+            if self._is_under_way:
+                self.places.append(take_place(module, self.group, event.step))
+            else:  # a step of a run that goes on: the weights are further already
+                self.places.clear()
             self._goes_on.wait()
-            self._paused_seconds += time.perf_counter() - self._last
         self._check_stopped()
+
+    @property
+    def _is_under_way(self) -> bool:
+        return self.progress is not None and self.progress.stage == "training"
 
     def _report(self, progress: Progress) -> None:
         self._check_stopped()
