@@ -13,9 +13,11 @@ from tiny_repo import FILES, REPO
 
 # A run that was started in the background inherits an ignored Ctrl-C, and some tests press it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-# Runs of the tests are nobody's, and what they leave is in nobody's home; also for the kernels that they start.
+# Runs of the tests are nobody's, and what they leave is in nobody's home; also for the kernels that they start. Each of
+# several test processes has its own.
+_home = f"gemma_qat_kit-tests-{os.getuid()}-{os.environ.get('PYTEST_XDIST_WORKER', 'alone')}"
 os.environ["GQK_RECEIPTS"] = "off"
-os.environ["GEMMA_QAT_KIT_HOME"] = os.path.join(tempfile.gettempdir(), f"gemma_qat_kit-tests-{os.getuid()}")
+os.environ["GEMMA_QAT_KIT_HOME"] = os.path.join(tempfile.gettempdir(), _home)
 
 SHOWN = ("torch", "transformers", "huggingface_hub", "tokenizers", "xllamacpp", "numpy", "ipywidgets", "ipykernel")
 

@@ -127,3 +127,35 @@ def test_a_window_longer_than_the_model_can_read_is_an_error():
     module, tokenizer = make_pair()
     with pytest.raises(BadSettingError, match="512"):
         read_windows(ModuleScorer(module, tokenizer), TEXT, TrainSettings(sequence_length=1024))
+
+
+class Template(Letters):
+    """Writes conversations as Gemma's template does, after a first token that each window has already."""
+
+    bos_token = "^"
+
+    @property
+    def tokenizer(self):
+        return self
+
+    def apply_chat_template(self, messages, tokenize):
+        return "^" + "".join(f"<{message['role']}>{message['content']}" for message in messages)
+
+
+def test_conversations_are_written_out_by_the_models_own_template():
+    said = [[{"role": "user", "content": "x" * 9}, {"role": "model", "content": "y" * 14}] for _ in range(9)]
+    windows = read_windows(Template(), [text(65, 8), said], TrainSettings(sequence_length=16))
+    read = "".join(chr(c) for row in [*windows.sources[1], *windows.held_out[1:]] for c in row[1:])
+    written = ("<user>" + "x" * 9 + "<model>" + "y" * 14) * 9
+    assert written.startswith(read)
+    assert len(read) > len(written) - 16
+    alone = read_windows(Template(), said, TrainSettings(sequence_length=16))
+    assert torch.equal(alone.sources[0][: len(windows.sources[1])], windows.sources[1])
+
+
+@pytest.mark.parametrize("wrong", [[["no message"]], [[{"role": "user"}]], 7])
+def test_what_is_no_conversation_is_refused(wrong):
+    with pytest.raises(BadSettingError, match=r"cannot be written as this model sees them.*Mend the conversations"):
+        read_windows(Template(), [wrong], TrainSettings(sequence_length=16))
+    with pytest.raises(BadSettingError, match="cannot be written"):
+        read_windows(Letters(), [wrong], TrainSettings(sequence_length=16))

@@ -23,7 +23,7 @@ from gemma_qat_kit.widgets.training_picture import (
     charts_html,
     readable_perplexity,
 )
-from gemma_qat_kit.widgets.training_replay import Group, Place, find_group, replay_html, take_place
+from gemma_qat_kit.widgets.training_replay import Group, Place, find_groups, liveliest, replay_html, take_places
 from gemma_qat_kit.widgets.training_session import Choice, TrainingSession
 
 LINES = Lines(2.6, Evaluation(0, 2.8, 0.3))
@@ -115,7 +115,8 @@ def network(grid, weight, scale):
 def test_a_place_holds_the_codes_that_the_model_computes_with(name, row, column):
     grid, weight = GRIDS[name], torch.randn(2, 64) * 0.05
     scale = 0.01 + 0.01 * torch.rand(2, 64 // (grid.group_size or 64))
-    place = take_place(network(grid, weight, scale), Group("layer.weight", grid, row, column), 3)
+    groups = [Group("layer.weight", grid), Group("layer.weight", grid, row, column)]
+    _, place = take_places(network(grid, weight, scale), groups, 3)
     snapped = learned_fake_quantize(weight, scale, grid)[row, column : column + 32]
     assert torch.equal(torch.tensor(place.codes) * torch.tensor(place.scale), snapped)
     assert place.values == tuple(weight[row, column : column + 32].tolist())
@@ -123,14 +124,23 @@ def test_a_place_holds_the_codes_that_the_model_computes_with(name, row, column)
 
 
 @pytest.mark.parametrize("name", GRIDS)
-def test_the_group_that_is_watched_has_most_weights_near_a_border(name):
+def test_groups_that_are_watched_have_most_weights_near_a_border(name):
     grid = GRIDS[name]
     weight = torch.full((4, 96), 0.3)
     weight[0, :5], weight[2, 32:40], weight[1, 64:] = 0.48, 0.48, 1e3  # the last: beyond the last level
     scale = torch.ones(4, 96 // (grid.group_size or 96))
     weight[3], scale[3] = 4.8, 10  # near, but moving slowly
-    assert find_group(network(grid, weight, scale)) == Group("layer.weight", grid, 2, 32)
-    assert find_group(network(grid, weight, torch.zeros_like(scale))).grid == grid
+    found = find_groups(network(grid, weight, scale))
+    assert found[:2] == [Group("layer.weight", grid, 2, 32), Group("layer.weight", grid, 0, 0)]
+    assert len(set(found)) == 4 * 3
+    assert find_groups(network(grid, weight, torch.zeros_like(scale)))[0].grid == grid
+
+
+def test_the_group_that_is_shown_is_the_one_in_which_most_codes_changed():
+    still, walk = places(GRIDS["q4_0"], (0.0, 0.0, 0.0)), places(GRIDS["q4_0"], (0.0, 0.3, 0.6))
+    assert liveliest([[still[0], walk[0]]]) == 0
+    assert liveliest(list(zip(still, walk, strict=True))) == 1
+    assert liveliest(list(zip(walk, still, strict=True))) == 0
 
 
 def places(grid, moves, scale=0.01):

@@ -58,18 +58,20 @@ def read_windows(scorer, text: str | Path | Iterable | None, settings: TrainSett
     """Cut texts into windows of tokens.
 
     Args:
-        scorer: Whose tokens; see `quality.scoring`.
-        text: As in `perplexity`, or several of those; None takes `DEFAULT_TEXTS`.
+        scorer: Whose tokens and chat template; see `quality.scoring`.
+        text: As in `perplexity`, or several of those; one may be conversations, a list of lists of messages (dicts with
+            "role" and "content"). None takes `DEFAULT_TEXTS`.
         settings: Length of a window, rows of a batch, seed.
 
     Raises:
         BadSettingError: A text that cannot be read, or too few tokens to train on and hold some out.
     """
-    several = DEFAULT_TEXTS if text is None else (text,) if isinstance(text, str | Path) else tuple(text)
+    is_one = isinstance(text, str | Path) or _are_conversations(text)
+    several = DEFAULT_TEXTS if text is None else (text,) if is_one else tuple(text)
     if not several:
         raise BadSettingError("There is no text to train on.", "A text, a file or several of them.", "Pass text=None.")
     length = settings.sequence_length
-    cut = [_full(cut_windows(scorer, texts.read(one), window=length, max_tokens=_MOST_TOKENS), length)
+    cut = [_full(cut_windows(scorer, _read(one, scorer), window=length, max_tokens=_MOST_TOKENS), length)
            for one in several]  # fmt: skip
     kept = [max(1, min(_HELD_OUT // len(cut), len(windows) // 5)) for windows in cut]
     sources = tuple(windows[:-count] for windows, count in zip(cut, kept, strict=True))
@@ -80,6 +82,28 @@ def read_windows(scorer, text: str | Path | Iterable | None, settings: TrainSett
             "Pass a longer text, or TrainSettings(sequence_length=…) with a smaller number.",
         )
     return Windows(sources, torch.cat([w[-count:] for w, count in zip(cut, kept, strict=True)]), settings)
+
+
+def _are_conversations(text: object) -> bool:
+    first = text[0] if isinstance(text, list) and text else None
+    return isinstance(first, list) and all(isinstance(message, dict) for message in first)
+
+
+def _read(text: object, scorer) -> texts.Text:
+    """Return a text, or conversations as this model sees them: in its template, one after the other."""
+    if isinstance(text, str | Path) or text is None:
+        return texts.read(text)
+    tokenizer = getattr(scorer, "tokenizer", None)
+    try:
+        seen = [tokenizer.apply_chat_template(messages, tokenize=False) for messages in text]
+    except Exception as err:  # templates raise what they like
+        raise BadSettingError(
+            f"Conversations cannot be written as this model sees them: {err or type(err).__name__}.",
+            'Each is a list of messages, {"role": "user" or "assistant", "content": text}, for the template it has.',
+            "Mend the conversations, or pass their text as one string.",
+        ) from err
+    first = tokenizer.bos_token or ""
+    return texts.Text("the conversations", "".join(one.removeprefix(first) for one in seen))
 
 
 def _full(windows: list[list[int]], length: int) -> torch.Tensor:

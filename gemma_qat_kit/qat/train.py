@@ -48,8 +48,9 @@ def train_qat(
 
     Args:
         model: A model of `gqk.load` or a pair (transformers module, tokenizer), after `prepare_qat`.
-        text: What to train on, as in `perplexity`, or several texts, which take turns; None takes a built-in text. The
-            end of each is held out.
+        text: What to train on, as in `perplexity`, or several texts, which take turns; one of them may be a list of
+            conversations, which the model's own chat template writes out. None takes a built-in text. The end of each
+            is held out.
         teacher: Whose probabilities to match: "memory", the model before quantization, kept beside the masters;
             "cache", its likeliest words, asked for once; another model with the same vocabulary; or None for plain
             cross-entropy with the text, which is fine-tuning.

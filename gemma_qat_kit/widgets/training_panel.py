@@ -261,12 +261,12 @@ class TrainingPanel(widgets.VBox):
 
     def _show_place(self) -> None:
         session = self._mine.session
-        places = tuple(session.places) if session else ()
+        group, places = session.walk if session else (None, [])
         index = min(self._place.value, len(places) - 1)
         drawn = (id(session), len(places), index)
         if drawn != self._drawn:
             self._drawn = drawn
-            self._replay.value = replay_html(session.group if places else None, places, index)
+            self._replay.value = replay_html(group, places, index)
 
 
 def _known(name: str, names: tuple[str, ...], kind: str) -> str:

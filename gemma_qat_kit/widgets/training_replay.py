@@ -16,7 +16,8 @@ from gemma_qat_kit.widgets.look import escape
 NUM_WEIGHTS = 32
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 320, 36, 8, 6, 42
 _MARGIN = 0.7  # steps of the grid above the highest weight and below the lowest one
-_ROWS, _NEAR = 256, 0.05  # rows that the group is looked for in; steps of the grid from a border that count as near
+_ROWS, _NEAR = 256, 0.05  # rows that groups are looked for in; steps of the grid from a border that count as near
+NUM_GROUPS = 64  # that are watched
 _SMALLEST_GAP = 17  # between two labels; on a phone their letters are as high
 _MOVED = "#D55E00"
 _FRAME = (
@@ -26,8 +27,8 @@ _FRAME = (
 _EMPTY = "The walk of 32 weights over the levels of their grid, step by step: nothing is trained yet."
 _LEGEND = (
     "Lines are the levels of the grid with their codes, dotted ones where rounding tips over. A ring is where a weight "
-    "began, the dot where it is now; below are the codes, orange where the code is another one than at first. Shown "
-    "are 32 neighbours of which many began near a border."
+    "began, the dot where it is now; below are the codes, orange where the code is another one than at first. Of "
+    f"{NUM_GROUPS} groups of 32 neighbours that began near borders, the one in which most codes have changed is shown."
 )
 
 
@@ -46,6 +47,10 @@ class Place:
     values: tuple[float, ...]
     scale: float
     codes: tuple[int, ...]
+
+    def num_changed(self, first: "Place") -> int:
+        """Return how many codes are not what they were."""
+        return sum(a != b for a, b in zip(self.codes, first.codes, strict=True))
 
     @property
     def heights(self) -> tuple[float, ...]:
@@ -76,8 +81,8 @@ class Group:
         return f"{self.name.removesuffix('.weight')}, row {self.row}, weights {self.column} to {last}"
 
 
-def find_group(module: nn.Module) -> Group:
-    """Return the group of a prepared model that is watched: of the first rows, that with most weights near a border.
+def find_groups(module: nn.Module) -> list[Group]:
+    """Return the groups of a prepared model that are watched: of the first rows, those with most weights near a border.
 
     A code changes where a weight crosses the border between two levels, and in a short training most are far from one.
     Scales near the median are asked for, since the learning rate of a weight is in steps of that.
@@ -91,18 +96,29 @@ def find_group(module: nn.Module) -> Group:
     is_usual = (step.abs() > 0.5 * median) & (step.abs() < 1.5 * median) & (ratio > grid.low) & (ratio < grid.high)
     is_near = ((ratio - ratio.floor() - 0.5).abs() < _NEAR) & is_usual
     groups = is_near[:, : width // NUM_WEIGHTS * NUM_WEIGHTS].unflatten(-1, (-1, NUM_WEIGHTS)).sum(-1)
-    row, place = divmod(int(groups.argmax()), groups.shape[-1])
-    return Group(name, grid, row, NUM_WEIGHTS * place)
+    order = groups.flatten().argsort(descending=True, stable=True)[:NUM_GROUPS].tolist()
+    return [Group(name, grid, i // groups.shape[-1], NUM_WEIGHTS * (i % groups.shape[-1])) for i in order]
 
 
-def take_place(module: nn.Module, group: Group, step: int) -> Place:
-    """Copy the group that is watched, as it is now."""
-    master, quantizer = masters(module)[group.name]
-    row, scales = (each.detach().flatten(0, -2)[group.row].cpu() for each in (master, quantizer.scale))
-    scale = scales[group.column * len(scales) // len(row)][None]
-    values = row[group.column : group.column + NUM_WEIGHTS]
-    codes = quantizer.grid.codes(values, scale)
-    return Place(step, tuple(values.tolist()), quantizer.grid.stored_scale(scale).item(), tuple(codes.tolist()))
+def take_places(module: nn.Module, groups: Sequence[Group], step: int) -> list[Place]:
+    """Copy groups of one weight as they are now."""
+    master, quantizer = masters(module)[groups[0].name]
+    masters_of, scales_of = (each.detach().flatten(0, -2) for each in (master, quantizer.scale))
+    width, num_scales = masters_of.shape[-1], scales_of.shape[-1]
+    values = torch.stack([masters_of[g.row, g.column : g.column + NUM_WEIGHTS] for g in groups]).cpu()
+    scales = torch.stack([scales_of[g.row, g.column * num_scales // width] for g in groups]).cpu()[:, None]
+    codes, stored = quantizer.grid.codes(values, scales), quantizer.grid.stored_scale(scales)
+    return [Place(step, tuple(v), s, tuple(c)) for v, s, c in
+            zip(values.tolist(), stored.flatten().tolist(), codes.tolist(), strict=True)]  # fmt: skip
+
+
+def liveliest(places: Sequence[Sequence[Place]]) -> int:
+    """Return which group has most codes that are not those it began with; the first of equals.
+
+    Args:
+        places: After each step, where every group stood.
+    """
+    return max(range(len(places[0])), key=lambda i: places[-1][i].num_changed(places[0][i]))
 
 
 def replay_html(group: Group | None, places: Sequence[Place], index: int) -> str:
@@ -119,9 +135,8 @@ def replay_html(group: Group | None, places: Sequence[Place], index: int) -> str
 
 def _caption(group: Group, places: Sequence[Place], index: int) -> str:
     now, first = places[index], places[0]
-    moved = sum(a != b for a, b in zip(now.codes, first.codes, strict=True))
     return (
-        f"{group.title}, after step {now.step}: {moved} of {len(now.codes)} codes changed; "
+        f"{group.title}, after step {now.step}: {now.num_changed(first)} of {len(now.codes)} codes changed; "
         f"scale {now.scale:.4g}, at first {first.scale:.4g}."
     )
 

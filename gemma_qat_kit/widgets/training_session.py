@@ -20,7 +20,7 @@ from gemma_qat_kit.qat.run import QatRun, Step
 from gemma_qat_kit.qat.settings import TrainSettings
 from gemma_qat_kit.qat.train import train_qat
 from gemma_qat_kit.quality.post_training import module_of
-from gemma_qat_kit.widgets.training_replay import Group, Place, find_group, take_place
+from gemma_qat_kit.widgets.training_replay import Group, Place, find_groups, liveliest, take_places
 
 _one_at_a_time = threading.Lock()
 # What this kernel's panels prepared, and trained without keeping the weights from before; modules are held weakly.
@@ -83,7 +83,7 @@ class TrainingSession:
         choice: What was chosen.
         is_running: Until it ended, however it did.
         lines, steps, evaluations: What `train_qat` told so far.
-        group, places: The weights that are watched, and where they stood after each step.
+        groups, places: The weights that are watched, and after each step where every group stood.
         progress: Of what is done now.
         use: The memory of this process, measured while it runs.
         result: The finished or stopped run.
@@ -96,8 +96,8 @@ class TrainingSession:
         self.lines: Lines | None = None
         self.steps: list[Step] = []
         self.evaluations: list[Evaluation] = []
-        self.group: Group | None = None
-        self.places: list[Place] = []
+        self.groups: list[Group] = []
+        self.places: list[list[Place]] = []
         self.progress: Progress | None = None
         self.result: QatRun | None = None
         self.error: Exception | None = None
@@ -170,6 +170,15 @@ class TrainingSession:
         return mean(step.seconds for step in steps) * (self.choice.settings.num_steps - steps[-1].step)
 
     @property
+    def walk(self) -> tuple[Group | None, list[Place]]:
+        """The group in which most happened, and where it stood after each step."""
+        places = tuple(self.places)
+        if not places:
+            return None, []
+        number = liveliest(places)
+        return self.groups[number], [each[number] for each in places]
+
+    @property
     def words(self) -> str:
         """What happens now, or how it ended."""
         format, total = self.choice.format, self.choice.settings.num_steps
@@ -209,15 +218,15 @@ class TrainingSession:
     def _watch(self, event: Step | Evaluation | Lines, module: nn.Module) -> None:
         """Note what happened, then wait while paused; called in the thread of the training, between two steps."""
         if isinstance(event, Lines):
-            self.lines, self.group = event, find_group(module)
+            self.lines, self.groups = event, find_groups(module)
         elif isinstance(event, Evaluation):
             if event.step == 0:  # told twice where the plain rule turns out to be the better start
-                self.evaluations, self.places = [], [take_place(module, self.group, 0)]
+                self.evaluations, self.places = [], [take_places(module, self.groups, 0)]
             self.evaluations.append(event)
         else:
             self.steps.append(event)
             if self._is_under_way:
-                self.places.append(take_place(module, self.group, event.step))
+                self.places.append(take_places(module, self.groups, event.step))
             else:  # a step of a run that goes on: the weights are further already
                 self.places.clear()
             self._goes_on.wait()
