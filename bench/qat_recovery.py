@@ -1,6 +1,6 @@
 """How much of what quantization costs does QAT win back, beside what wins it back without training?
 
-    python bench/qat_recovery.py NOVEL OTHER [--runs q4_0 mobile_int4 …] [--seeds 3] [--steps 72] [--to results.jsonl]
+    python bench/qat_recovery.py NOVEL OTHER [--runs q4_0 mobile_int4 …] [--seeds 0 1 2] [--steps 60] [--to results.jsonl]
 
 The built-in SmolLM2-135M learns from half of Python's manual and from the first four fifths of a novel; it is measured
 on the other half, on the rest of the novel, and on two sources that it never learnt from: the text OTHER, and code.
@@ -54,7 +54,7 @@ class Bench:
         self.learnt = ("calibration", story[1000:cut])
         self.measured = {"manual": texts.read().content, "novel": story[cut:], "other": other.read_text(), "code":
                          texts.read("python-code").content}  # fmt: skip
-        self.target = target
+        self.target, self.before = target, None
 
     def nats(self, model) -> dict[str, float]:
         """Return the mean surprise on each text."""
@@ -73,7 +73,7 @@ class Bench:
         """Prepare, train and measure; the plain rule and the start are measured on the way."""
         format, options = RUNS[run]
         with gqk.load("smollm2-135m", "float32", report=quiet) as model:
-            before = self.nats(model)
+            before = self.before = self.before or self.nats(model)
             started = time.perf_counter()
             gqk.prepare_qat(model, format, report=quiet, **options)
             prepared = time.perf_counter() - started
@@ -89,7 +89,8 @@ class Bench:
     def fine_tuned(self, settings: gqk.TrainSettings) -> None:
         """Control: as many steps of ordinary fine-tuning, then Q4_0 by the plain rule and by importance."""
         with gqk.load("smollm2-135m", "float32", report=quiet) as model:
-            before, module = self.nats(model), model.hf[0]
+            before = self.before = self.before or self.nats(model)
+            module = model.hf[0]
             with quantized_weights(model, "q4_0"):
                 plain = self.nats(model)
             gqk.prepare_qat(model, "q4_0", calibration={}, learn_scales=False, report=quiet)
@@ -140,13 +141,13 @@ def main() -> None:
     parser.add_argument("novel", type=Path)
     parser.add_argument("other", type=Path)
     parser.add_argument("--runs", nargs="*", default=["q4_0"], choices=[*RUNS, "fine-tuned"])
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=gqk.TrainSettings().num_steps)
     parser.add_argument("--to", type=Path)
     options = parser.parse_args()
     bench = Bench(options.novel, options.other, options.to)
     for run in options.runs:
-        for seed in range(options.seeds):
+        for seed in options.seeds:
             settings = gqk.TrainSettings(seed=seed, num_steps=options.steps)
             bench.fine_tuned(settings) if run == "fine-tuned" else bench.trained(run, settings)
     if options.to:

@@ -34,7 +34,7 @@ class TrainSettings:
         seed: Of the order of the text.
     """
 
-    num_steps: int = 72
+    num_steps: int = 60
     batch_size: int = 2
     sequence_length: int = 256
     gradient_accumulation: int = 1
