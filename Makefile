@@ -22,10 +22,11 @@ test: python
 	@$(PYTHON) scripts/setup.py test
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
-	.venv/bin/python -m pytest
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses=2 --dist=loadfile
 	@$(MAKE) --jobs=2 --output-sync=target overlay/transformers-5.15.0 overlay/transformers-5.23.0 overlay/colab
 
-# The same tests with other releases installed over the usual ones, two at a time, each on one core.
+# Two test processes at a time, each on one core: threads that wait for each other on the same core make all slower.
+# The same tests with other releases installed over the usual ones:
 overlay/transformers-%: FILES = $(LOADERS)
 overlay/colab: FILES = $(ON_COLAB:%=tests/%.py)
 overlay/%:

@@ -1,6 +1,6 @@
 """How much of what quantization costs does QAT win back, beside what wins it back without training?
 
-    python bench/qat_recovery.py NOVEL OTHER [--runs q4_0 mobile_int4 …] [--seeds 0 1 2] [--steps 60] [--to results.jsonl]
+    python bench/qat_recovery.py NOVEL OTHER [--runs q4_0 mobile_int4 …] [--seeds 0 1 2] [--steps 60] [--to FILE]
 
 The built-in SmolLM2-135M learns from half of Python's manual and from the first four fifths of a novel; it is measured
 on the other half, on the rest of the novel, and on two sources that it never learnt from: the text OTHER, and code.

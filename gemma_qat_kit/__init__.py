@@ -9,8 +9,10 @@ import types
 
 __version__ = "0.1.0"
 _MODULE_OF = {
+    "FinetuneSettings": "finetune.settings",
     "Model": "model",
     "Reply": "generation",
+    "adapted_model": "finetune.train",
     "catalog": "catalog",
     "collect_importance": "quality.post_training",
     "compare": "quality.comparison",
@@ -20,10 +22,12 @@ _MODULE_OF = {
     "export_gguf": "export.gguf",
     "export_mobile": "export.mobile",
     "fake_quantize": "formats.quantized",
+    "finetune": "finetune.train",
     "grid_report": "grid_report",
     "load": "load",
     "measure_memory": "memory.measure",
     "measured_receipts": "memory.measured",
+    "merge_adapters": "finetune.merge",
     "perplexity": "quality.comparison",
     "plan_memory": "memory.plan",
     "published_memory": "memory.published_table",

@@ -10,6 +10,7 @@ import torch
 
 from gemma_qat_kit.checkpoint import inspect_checkpoint, weight_files
 from gemma_qat_kit.errors import BadSettingError, BadTensorError, BrokenCheckpointError, KitError, ModelClosedError
+from gemma_qat_kit.formats import q4_0
 from gemma_qat_kit.gguf.header import broken_file
 from gemma_qat_kit.model import Model
 from gemma_qat_kit.qat.stored import stored
@@ -137,7 +138,8 @@ def _of_module(module: torch.nn.Module) -> Weights:
     found = _of_state(f"the {type(module).__name__}", ships.state, origin)
     for name, (kind, blocks) in ships.blocks.items():
         read = _in_memory(name, blocks).read
-        found.tensors[name] = replace(found.tensors[name], kind=kind, read_blocks=read)
+        weight = found.tensors.get(name) or _unpacked(name, blocks)
+        found.tensors[name] = replace(weight, kind=kind, read_blocks=read)
     return found
 
 
@@ -146,6 +148,13 @@ def _of_state(what: str, state: Mapping, origin: Path | None) -> Weights:
     if any(name.endswith(".weight_packed") for name in tensors):
         raise _is_rounded(what, "w4a16")
     return Weights(what, tensors, origin)
+
+
+def _unpacked(name: str, blocks: torch.Tensor) -> Weight:
+    """Return the weight of Q4_0 blocks, which are all that is in memory."""
+    rows = blocks.detach().reshape(-1, blocks.shape[-1])
+    shape = (*blocks.shape[:-1], blocks.shape[-1] // q4_0.GROUP_BYTES * q4_0.GROUP_SIZE)
+    return Weight(name, torch.float32, shape, lambda start, stop: q4_0.dequantize(rows[start:stop].cpu()))
 
 
 def _in_memory(name: str, tensor: torch.Tensor) -> Weight:

@@ -20,6 +20,7 @@ FLOORS = (
     "memory quality verdicts environment",
     "hub download checkpoint engines recording model load out_of_memory loading_note",
     "qat weights",
+    "finetune",
     "grid_report export testing",
     "classroom",
     "widgets",

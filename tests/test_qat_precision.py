@@ -1,11 +1,13 @@
 """The dtype of a run: the fastest that the device really has, as long as the model's numbers fit it."""
 
+import contextlib
 from dataclasses import replace
 
 import pytest
 import torch
 from small_network import TEXT, make_pair, quiet
 from small_training import SETTINGS, ready, surprise, train, values
+from test_qat_resume import RUN, KilledError, at
 
 import gemma_qat_kit as gqk
 from gemma_qat_kit.qat import precision
@@ -88,3 +90,17 @@ def test_a_loaded_gemma_is_trained_in_its_own_dtype(tiny):
     assert run.dtype == "bfloat16"
     assert run.name == model.name
     assert len(run.steps) == 2
+
+
+def test_a_run_goes_on_in_the_dtype_that_it_chose(tmp_path, monkeypatch):
+    asked = []
+
+    def choose(module, dtype, window):
+        asked.append(dtype)
+        return torch.bfloat16
+
+    monkeypatch.setattr("gemma_qat_kit.qat.training.choose_dtype", choose)
+    for error in (KilledError, None):
+        with pytest.raises(KilledError) if error else contextlib.nullcontext():
+            train(ready(), folder=tmp_path, dtype="auto", watch=at(5) if error else None, **RUN)
+    assert asked == ["auto", "bfloat16"]

@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,9 @@ import torch
 from small_training import SETTINGS, ready, train, values
 
 from gemma_qat_kit.errors import BadSettingError
+from gemma_qat_kit.progress import Progress
+from gemma_qat_kit.qat import training
 from gemma_qat_kit.qat.run import Step
-from gemma_qat_kit.qat.train import _check_rows
 
 RUN = {"num_steps": 4, "num_evaluations": 2, "checkpoint_every": 2, "batch_size": 1, "gradient_accumulation": 4,
        "learning_rate": 0.01}  # fmt: skip
@@ -87,4 +89,17 @@ def test_rows_that_two_processes_cannot_share_are_refused(two):
     assert refusal.startswith("An update of 3 windows cannot be shared by 2 processes. ")
     assert refusal.endswith("Try batch_size=2.")
     with pytest.raises(BadSettingError, match="Try batch_size=8"):
-        _check_rows(SETTINGS, 8)
+        training._check_rows(SETTINGS, 8)
+
+
+@pytest.mark.parametrize(("rank", "draws"), [(None, True), ("0", True), ("1", False)])
+def test_only_the_first_process_draws_a_bar(monkeypatch, rank, draws):
+    drawn = []
+    monkeypatch.setattr(training, "progress_bar", lambda: nullcontext(drawn.append))
+    monkeypatch.delenv("RANK", raising=False)
+    if rank:
+        monkeypatch.setenv("RANK", rank)
+    with ExitStack() as stack:
+        training.shown_report(None, stack)(Progress("training", 1, 2, "steps"))
+        assert training.shown_report(print, stack) is print
+    assert len(drawn) == draws

@@ -63,7 +63,8 @@ def test_a_real_model_is_trained_as_train_qat_trains_it(monkeypatch, tiny):
     expected = gqk.train_qat(by_hand, TEXT, settings=SHORT, report=lambda p: None)
     assert [step.loss for step in found.steps] == [step.loss for step in expected.steps]
     assert all(torch.equal(a, b) for a, b in zip(weights(by_panel), weights(by_hand), strict=True))
-    places = panel._mine.session.places
+    group, places = panel._mine.session.walk
+    assert group in panel._mine.session.groups
     assert [place.step for place in places] == [0, 1, 2, 3, 4]
     assert panel._place.max == panel._place.value == 4
     by_panel.close()

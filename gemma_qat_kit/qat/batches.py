@@ -46,6 +46,11 @@ class Windows:
         rows = self.settings.rows
         return torch.stack([self._window(step * rows + i) for i in range(rows)])
 
+    def parts(self, step: int, accelerator) -> list[tuple[torch.Tensor, float]]:
+        """Return this process's windows of an update, `batch_size` at a time, each with its share of the loss."""
+        own = self.batch(step)[accelerator.process_index :: accelerator.num_processes].to(accelerator.device)
+        return [(part, len(part) / len(own)) for part in own.split(self.settings.batch_size)]
+
     def _window(self, index: int) -> torch.Tensor:
         turn, number = divmod(index, len(self.sources))
         source = self.sources[number]

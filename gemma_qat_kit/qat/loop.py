@@ -8,26 +8,22 @@ import torch
 from accelerate import Accelerator
 
 from gemma_qat_kit.errors import BadOutputError
-from gemma_qat_kit.qat.batches import Windows
-from gemma_qat_kit.qat.settings import TrainSettings
+from gemma_qat_kit.qat.settings import LoopSettings, TrainSettings
 
 
 def train_steps(
-    model, optimizer, scaler, teacher, windows: Windows, settings: TrainSettings, accelerator: Accelerator, autocast,
+    model, optimizer, scaler, objective, batches, settings: LoopSettings, accelerator: Accelerator, autocast,
     first_step: int = 0,
 ) -> Iterator[tuple[int, float]]:  # fmt: skip
     """Train, and yield after each update how many there were and the loss."""
     for step in range(first_step, settings.num_steps):
         for group in optimizer.param_groups:
             group["lr"] = group["full_rate"] * settings.rate(step)
-        batch = windows.batch(step)[accelerator.process_index :: accelerator.num_processes].to(accelerator.device)
-        total, parts = 0.0, batch.split(settings.batch_size)
-        for part in parts:
-            with nullcontext() if part is parts[-1] else accelerator.no_sync(model):
-                with autocast():
-                    # Every weight goes through its grid here, and its gradient straight through below.
-                    answer = model(part, use_cache=False, output_hidden_states=teacher.wants_hidden)
-                loss = teacher.loss(answer, part) * len(part) / len(batch)
+        total, parts = 0.0, batches.parts(step, accelerator)
+        for part, share in parts:
+            with nullcontext() if part is parts[-1][0] else accelerator.no_sync(model):
+                with autocast():  # every weight goes through its grid here, and its gradient straight through below
+                    loss = objective.loss(model, part) * share
                 accelerator.backward(scaler.scale(loss))
             total += loss.detach()
         loss = accelerator.reduce(total, "mean").item()

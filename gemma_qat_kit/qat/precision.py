@@ -19,7 +19,7 @@ def choose_dtype(module: nn.Module, asked: str, window: torch.Tensor) -> torch.d
         asked: One of `settings.DTYPES`.
         window: Token ids (tokens,) that a narrow dtype has to answer with finite numbers.
     """
-    own = next((p.dtype for n, p in module.named_parameters() if "parametrizations" not in n), torch.float32)
+    own = own_dtype(module)
     if own != torch.float32:
         return own
     if asked != "auto":
@@ -33,6 +33,12 @@ def choose_dtype(module: nn.Module, asked: str, window: torch.Tensor) -> torch.d
             if torch.isfinite(module(window[None].to(device), use_cache=False).logits).all():
                 return dtype
     return torch.float32
+
+
+def own_dtype(module: nn.Module) -> torch.dtype:
+    """Return the dtype of what is not trained, in which a model was loaded."""
+    frozen = (p.dtype for p in module.parameters() if not p.requires_grad)
+    return next(frozen, torch.float32)
 
 
 def autocast(device: torch.device, dtype: torch.dtype):

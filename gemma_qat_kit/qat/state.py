@@ -73,7 +73,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, module: nn.Module, mark: str, settings: dict):
         self.path, self._module = Path(folder).expanduser() / _NAME, module
-        self._facts = {"model": mark, "settings": settings}
+        self._facts = {"model": mark, "settings": json.loads(json.dumps(settings))}
 
     def check_room(self) -> None:
         """Refuse a disk that has no room for two checkpoints, since the old one stays until the new one is whole.

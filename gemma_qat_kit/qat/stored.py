@@ -30,6 +30,12 @@ def stored(module: nn.Module) -> Stored:
         BadSettingError: The model is prepared and not converted.
     """
     found = Stored(module.state_dict())
+    if any(".lora_A." in name for name in found.state):
+        raise BadSettingError(
+            "This model has adapters beside its weights.",
+            "What ships are merged weights; an adapter alone is saved by peft.",
+            "Call merge_adapters(model) first.",
+        )
     if any(".parametrizations." in name for name in found.state):
         raise BadSettingError(
             "This model is prepared for training.",
@@ -50,6 +56,7 @@ def _add(found: Stored, name: str, part: nn.Module, value: Quantized | TableBloc
         found.blocks[name] = value.kind, value.blocks
     elif value.format == "q4_0":
         found.blocks[name] = "Q4_0", value.tensors["blocks"]
+        found.state.pop(name.removesuffix("weight") + "blocks", None)  # a packed linear has no other weight
     else:
         is_table = isinstance(part, nn.Embedding)
         prefix = name.removesuffix(".weight")

@@ -22,19 +22,19 @@ class Itself:
     is_text = False
 
     def __init__(self, module: nn.Module, hidden_weight: float):
-        self._module, self._hidden_weight = module, hidden_weight
-        self.wants_hidden = hidden_weight > 0
+        self._module, self._hidden_weight, self._wants_hidden = module, hidden_weight, hidden_weight > 0
         for master, quantizer in masters(module).values():
             if quantizer.reference is None:
                 quantizer.reference = master.detach().to(quantizer.dtype, copy=True)
 
-    def loss(self, answer, ids: torch.Tensor) -> torch.Tensor:
+    def loss(self, model, ids: torch.Tensor) -> torch.Tensor:
         """Return the distance from the model before quantization on the same windows: of its words, and of the hidden
         states on the way to them."""
+        answer = model(ids, use_cache=False, output_hidden_states=self._wants_hidden)
         with torch.no_grad(), evaluating(self._module), computing(self._module, FLOAT):
-            theirs = self._module(ids, use_cache=False, output_hidden_states=self.wants_hidden)
+            theirs = self._module(ids, use_cache=False, output_hidden_states=self._wants_hidden)
         loss = distillation(answer.logits.flatten(0, 1), theirs.logits.flatten(0, 1))
-        if self.wants_hidden:
+        if self._wants_hidden:
             distance = hidden_distance(answer.hidden_states[1:], theirs.hidden_states[1:])
             loss = loss + self._hidden_weight * distance.to(loss.device)
         return loss
@@ -43,7 +43,7 @@ class Itself:
 class Another:
     """Another model with the same vocabulary."""
 
-    is_text, wants_hidden = False, False
+    is_text = False
 
     def __init__(self, teacher, module: nn.Module):
         self._teacher = module_of(teacher)
@@ -55,8 +55,9 @@ class Another:
                 'Take a model of the same family, or teacher="memory" for the model itself before quantization.',
             )
 
-    def loss(self, answer, ids: torch.Tensor) -> torch.Tensor:
+    def loss(self, model, ids: torch.Tensor) -> torch.Tensor:
         """Return the distance from the other model on the same windows."""
+        answer = model(ids, use_cache=False)
         with torch.no_grad():
             theirs = self._teacher(ids.to(self._teacher.device), use_cache=False).logits.to(answer.logits.device)
         return distillation(answer.logits.flatten(0, 1), theirs.flatten(0, 1))
@@ -65,7 +66,7 @@ class Another:
 class Cached:
     """The model before quantization, asked once for all windows of the run; only its likeliest words are kept."""
 
-    is_text, wants_hidden = False, False
+    is_text = False
 
     def __init__(self, module: nn.Module, windows: Windows, report: Callable[[int, int], None]):
         self._kept: dict[bytes, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -78,10 +79,10 @@ class Cached:
                 self._kept[key] = top.values.cpu(), top.indices.to(torch.int32).cpu()
         report(len(used), len(used))
 
-    def loss(self, answer, ids: torch.Tensor) -> torch.Tensor:
+    def loss(self, model, ids: torch.Tensor) -> torch.Tensor:
         """Return the distance from what was kept of the same windows."""
+        logits = model(ids, use_cache=False).logits.flatten(0, 1)
         shares, words = zip(*(self._kept[_key(window)] for window in ids), strict=True)
-        logits = answer.logits.flatten(0, 1)
         shares, words = torch.cat(shares).to(logits.device), torch.cat(words).to(logits.device, torch.int64)
         return distillation_from_top(logits, words, shares)
 
@@ -89,11 +90,11 @@ class Cached:
 class TheText:
     """No teacher: the text itself, as in plain fine-tuning."""
 
-    is_text, wants_hidden = True, False
+    is_text = True
 
-    def loss(self, answer, ids: torch.Tensor) -> torch.Tensor:
+    def loss(self, model, ids: torch.Tensor) -> torch.Tensor:
         """Return the mean surprise at the next tokens."""
-        return cross_entropy(answer.logits, ids)
+        return cross_entropy(model(ids, use_cache=False).logits, ids)
 
 
 def find_teacher(teacher, module: nn.Module, windows: Windows, report: Callable[[int, int], None]):

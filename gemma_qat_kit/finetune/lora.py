@@ -1,0 +1,130 @@
+"""Adapters: peft's LoRA over packed or plain linears, and LoRA that is trained through the grid that ships.
+
+Plain LoRA computes with `W + s·B·A`, which lies on no grid; merged and rounded, part of what was learnt is gone.
+QAT-LoRA computes with `Q(W + s·B·A)` under the scales that W has on its grid: what was trained is what the merged file
+holds, and an adapter that is still zero changes nothing. The gradient goes straight through the rounding, and so it has
+the rank of the adapter: `dB = s·g'(xA')` and `dA = s·(gB)'x`, never the size of W.
+"""
+
+import re
+from collections.abc import Iterator
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import Linear as LoraLinear
+from torch import nn
+
+from gemma_qat_kit.errors import BadSettingError
+from gemma_qat_kit.finetune.packed import PackedLinear
+from gemma_qat_kit.formats import q4_0
+from gemma_qat_kit.formats.grids import GRIDS, learned_fake_quantize
+
+_GRID = GRIDS["q4_0"]
+ADAPTER = "default"  # peft's name of the first adapter
+
+
+class GridLora(LoraLinear):
+    """An adapter beside a packed linear; with `qat` the sum goes through the grid of the packed weight."""
+
+    qat = True
+
+    def forward(self, x: torch.Tensor, *args, **options) -> torch.Tensor:
+        """Return inputs (..., in) times the adapted weight, (..., out)."""
+        if not self.qat or self.disable_adapters or self.merged:
+            return super().forward(x, *args, **options)
+        a, b = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
+        return _GridProduct.apply(x, self.base_layer.blocks, a, b, self.scaling[ADAPTER])
+
+    @torch.no_grad()
+    def merged_blocks(self) -> torch.Tensor:
+        """Return the Q4_0 blocks of the adapted weight, uint8 (out, in / 32 * 18): the codes that training computed
+        with; of an adapter that was trained without the grid, those of the plain rule."""
+        a, b, scaling = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight, self.scaling[ADAPTER]
+        weight, scale = _adapted(self.base_layer.blocks, a, b, scaling)
+        return q4_0.pack(_GRID.codes(weight, scale), scale) if self.qat else q4_0.quantize(weight)
+
+
+class PlainGridLora(GridLora):
+    """An adapter beside a packed linear, whose sum is rounded only when it is merged."""
+
+    qat = False
+
+
+def _adapted(blocks: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> tuple[torch.Tensor, ...]:
+    """Return W + s·B·A in float32 (out, in), and the scales (out, in / 32) of W."""
+    codes, scale = q4_0.unpack(blocks)
+    weight = (codes.float().unflatten(-1, (-1, q4_0.GROUP_SIZE)) * scale[..., None]).flatten(-2)
+    return weight.addmm_(b.float(), a.float(), alpha=scaling), scale
+
+
+def _on_grid(blocks, a, b, scaling, dtype: torch.dtype) -> torch.Tensor:
+    weight, scale = _adapted(blocks, a, b, scaling)
+    return learned_fake_quantize(weight, scale, _GRID, dtype)
+
+
+class _GridProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, blocks, a, b, scaling: float) -> torch.Tensor:
+        ctx.save_for_backward(x, blocks, a, b)
+        ctx.scaling = scaling
+        return nn.functional.linear(x, _on_grid(blocks, a, b, scaling, x.dtype))
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple:
+        x, blocks, a, b = ctx.saved_tensors
+        g = gradient.to(x.dtype)
+        of_x = g @ _on_grid(blocks, a, b, ctx.scaling, x.dtype)
+        g, x = g.flatten(0, -2).to(a.dtype), x.flatten(0, -2).to(a.dtype)
+        of_b = g.T @ (x @ a.T) * ctx.scaling
+        of_a = (g @ b).T @ x * ctx.scaling
+        return of_x, None, of_a, of_b, None
+
+
+def add_adapters(
+    module: nn.Module, *, rank: int, alpha: float, targets: tuple[str, ...], qat: bool, seed: int = 0
+) -> PeftModel:
+    """Freeze a model and put an adapter beside each of its language model's linears of some names.
+
+    Args:
+        module: A transformers model.
+        rank: Of B and A.
+        alpha: The product is scaled by alpha / rank.
+        targets: Names of linears, as in `memory.settings.LORA_TARGETS`.
+        qat: Whether packed linears are trained through their grid.
+        seed: Of the numbers that A begins with.
+
+    Raises:
+        BadSettingError: No linear has one of these names.
+    """
+    names = list(_adaptable(module, targets))
+    if not names:
+        raise BadSettingError(
+            f"No linear of this model is called {', '.join(targets)}.",
+            "Adapters go beside linears of the language model.",
+            'Try lora_targets=("q_proj", "v_proj").',
+        )
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=names, bias="none", task_type="CAUSAL_LM"
+    )
+    # The first class that fits is taken, before peft asks what else is installed: a stale torchao would make it raise.
+    config._register_custom_module({PackedLinear: GridLora if qat else PlainGridLora, nn.Linear: LoraLinear})
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        adapted = get_peft_model(module, config)
+    found = [name for name, part in adapted.named_modules() if isinstance(part, LoraLinear)]
+    assert len(found) == len(names), "peft adapted other linears than it was told"
+    return adapted
+
+
+def _adaptable(module: nn.Module, targets: tuple[str, ...]) -> Iterator[str]:
+    pattern = re.compile(r"(^|\.)layers\.\d+\.(.+\.)?(" + "|".join(map(re.escape, targets)) + ")$")
+    for name, part in module.named_modules():
+        is_elsewhere = any(word in name for word in ("vision", "audio"))
+        if isinstance(part, nn.Linear) and pattern.search(name) and not is_elsewhere:
+            yield name
+
+
+def adapters(module: nn.Module) -> dict[str, LoraLinear]:
+    """Return the adapted linears by name, without peft's prefix."""
+    return {name.removeprefix("base_model.model."): part for name, part in module.named_modules()
+            if isinstance(part, LoraLinear)}  # fmt: skip

@@ -1,0 +1,239 @@
+"""`finetune`: adapters on packed weights, trained on the assistant's turns of conversations."""
+
+import hashlib
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from gemma_qat_kit.errors import BadSettingError, unknown_name
+from gemma_qat_kit.finetune.conversations import read_conversations
+from gemma_qat_kit.finetune.examples import IGNORED, Batch, Examples, make_batch, make_examples
+from gemma_qat_kit.finetune.lora import GridLora, adapters, add_adapters
+from gemma_qat_kit.finetune.losses import chunked_cross_entropy
+from gemma_qat_kit.finetune.packed import PackedLinear, pack
+from gemma_qat_kit.finetune.run import FinetuneRun, Sample, TuneEvaluation
+from gemma_qat_kit.finetune.settings import FinetuneSettings
+from gemma_qat_kit.formats import q4_0_grid
+from gemma_qat_kit.load import load
+from gemma_qat_kit.model import Model
+from gemma_qat_kit.progress import Report
+from gemma_qat_kit.qat.run import Step
+from gemma_qat_kit.qat.state import trained
+from gemma_qat_kit.qat.training import Training, ignore, shown_report, training_mode
+from gemma_qat_kit.quality.post_training import collect_importance, linears, module_of
+from gemma_qat_kit.quality.scoring import evaluating
+
+QAT_CHOICES = ("q4_0", None)
+Watch = Callable[[Step | TuneEvaluation | Sample], None]
+_ANSWER_TOKENS = 60
+_adapted: "weakref.WeakKeyDictionary[nn.Module, PeftModel]" = weakref.WeakKeyDictionary()
+
+
+def finetune(
+    model: Model | str,
+    dataset: object,
+    *,
+    qat: str | None = "q4_0",
+    settings: FinetuneSettings | None = None,
+    folder: str | Path | None = None,
+    samples: Sequence[str] = (),
+    watch: Watch | None = None,
+    report: Report | None = None,
+) -> FinetuneRun:
+    """Teach a model to answer as the assistant in some conversations does, by adapters (LoRA) beside frozen weights.
+
+    The weights are held in Q4_0 blocks, those of a QAT checkpoint value for value. With `qat` the adapted weight goes
+    through its grid in training, so `export_gguf` writes exactly what was trained.
+
+    Args:
+        model: A model of `gqk.load` that runs in transformers, adapted in place; or a size, which is loaded.
+        dataset: Conversations: a list, a .jsonl or .csv file, or "owner/name" of the hub; see `read_conversations`.
+        qat: "q4_0", or None for plain LoRA on the weights as they are, which an export rounds afterwards.
+        settings: None for the defaults.
+        folder: For checkpoints. A run that was killed goes on exactly from the last one, once the model is loaded.
+        samples: Questions that are asked before, during and after.
+        watch: Called with each update, evaluation and answer; may block to pause, or raise CancelledError to stop.
+        report: Called with the progress; raise CancelledError in it to stop. None draws a bar, in the first process.
+
+    Returns:
+        What happened. Ctrl-C and CancelledError end a run early, and it still keeps its best point.
+
+    Raises:
+        BadSettingError: The dataset has a malformed row (with its line) or nothing to learn, the model cannot be
+            adapted, or the folder holds a checkpoint of another run.
+        BadOutputError: The loss became NaN; the adapters are at their best point before that.
+        NotEnoughDiskError: A checkpoint cannot be written; the adapters are at their best point.
+    """
+    if qat not in QAT_CHOICES:
+        raise unknown_name("qat", qat, ("q4_0",))
+    settings = settings or FinetuneSettings()
+    conversations = read_conversations(dataset)
+    with ExitStack() as stack:
+        shown = shown_report(report, stack)
+        model = load(model, "q4_0-unquantized", report=shown) if isinstance(model, str) else model
+        module, tokenizer = module_of(model), model.hf[1]
+        examples = make_examples(conversations, tokenizer, settings.sequence_length)
+        _adapt(model, module, settings, qat, shown)
+        stack.enter_context(training_mode(module, settings))
+        training = _Tuning(model, module, tokenizer, examples, settings, qat, folder, samples, watch or ignore, shown)
+        return training.result(model.name, training.train())
+
+
+def adapted_model(model: Model) -> PeftModel:
+    """Return peft's own view of a model that `finetune` adapted, with `save_pretrained` and all else.
+
+    Raises:
+        BadSettingError: It is not adapted.
+    """
+    found = _adapted.get(module_of(model))
+    if found is None:
+        raise BadSettingError(
+            "This model has no adapters.", "finetune puts them in.", "Call finetune(model, dataset) first."
+        )
+    return found
+
+
+def forget(module: nn.Module) -> None:
+    """Take a model as one without adapters from now on."""
+    _adapted.pop(module, None)
+
+
+def _adapt(model: Model, module: nn.Module, settings: FinetuneSettings, qat: str | None, report: Report) -> None:
+    """Pack a model's linears if they are to be trained through the grid, and put adapters beside them, once."""
+    if module in _adapted:
+        return
+    if qat and not any(isinstance(part, PackedLinear) for part in module.modules()):
+        pack(module, {} if _is_on_grid(module) else collect_importance(model, report=report), report)
+    module.requires_grad_(False)
+    _adapted[module] = add_adapters(module, rank=settings.rank, alpha=settings.alpha, targets=settings.targets,
+                                    qat=qat is not None, seed=settings.seed)  # fmt: skip
+
+
+def _is_on_grid(module: nn.Module) -> bool:
+    name, weight = next(iter(linears(module).items()))
+    return q4_0_grid.quantize(weight.detach(), name)[1].share_on_grid > 0.5
+
+
+class _WithLoss(nn.Module):
+    """A causal language model whose output is its mean surprise at what a batch asks for."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+        self._softcap = getattr(module.config.get_text_config(), "final_logit_softcapping", None)
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        hidden = self.module.base_model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)[0]
+        targets = batch.labels[:, 1:]
+        is_asked = targets != IGNORED
+        head = self.module.get_output_embeddings().weight
+        total = chunked_cross_entropy(hidden[:, :-1][is_asked], head, targets[is_asked], self._softcap)
+        return total / batch.num_learnt
+
+
+class _Conversations:
+    """The order of a dataset: shuffled by the seed and the epoch, so that a resumed run goes on with it."""
+
+    def __init__(self, examples: Examples, settings: FinetuneSettings, pad: int):
+        self._examples, self._settings, self._pad = examples.train, settings, pad
+
+    def parts(self, step: int, accelerator) -> list[tuple[Batch, float]]:
+        """Return this process's conversations of an update, `batch_size` at a time, each with its share of the loss:
+        every token counts the same, whichever conversation, batch or process it is in."""
+        rows = self._settings.rows
+        chosen = [self._example(step * rows + i) for i in range(rows)]
+        total = sum(example.num_learnt for example in chosen)
+        own, size = chosen[accelerator.process_index :: accelerator.num_processes], self._settings.batch_size
+        parts = [make_batch(own[i : i + size], self._pad, accelerator.device) for i in range(0, len(own), size)]
+        return [(part, part.num_learnt * accelerator.num_processes / total) for part in parts]
+
+    def _example(self, index: int):
+        epoch, place = divmod(index, len(self._examples))
+        generator = torch.Generator().manual_seed(hash((self._settings.seed, epoch)) % 2**63)
+        return self._examples[torch.randperm(len(self._examples), generator=generator)[place]]
+
+
+class _TheAnswers:
+    """The objective: the assistant's own words."""
+
+    def loss(self, model, batch: Batch) -> torch.Tensor:
+        """Return the mean surprise at them."""
+        return model(batch)
+
+
+class _Tuning(Training):
+    """A run of `finetune` under way."""
+
+    evaluation_type = TuneEvaluation
+
+    def __init__(self, model, module, tokenizer, examples: Examples, settings, qat, folder, questions, watch, report):
+        first = torch.tensor(examples.train[0].ids)
+        super().__init__(module, settings, mark=_fingerprint(module), asked={"data": examples.digest, "qat": qat},
+                         window=first, folder=folder, watch=watch, report=report)  # fmt: skip
+        self._model, self._examples, self._qat, self._questions = model, examples, qat, questions
+        self._pad = tokenizer.pad_token_id or 0
+        self._with_loss = _WithLoss(module)
+        self.objective, self.batches = _TheAnswers(), _Conversations(examples, settings, self._pad)
+        group = {"params": list(trained(module).values()), "full_rate": settings.learning_rate}
+        self.optimizer = torch.optim.AdamW([group], lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
+        self.samples: list[Sample] = []
+
+    def trained_module(self) -> nn.Module:
+        """Return the model with its loss, so that several processes meet in its forward pass."""
+        return self._with_loss
+
+    def measure_lines(self) -> None:
+        """There is nothing to know beforehand."""
+
+    def measure(self, step: int) -> TuneEvaluation:
+        """Measure the held-out conversations, of a small dataset the first ones that are learnt; and ask."""
+        measured, total, count = self._examples.held_out or self._examples.train[:8], 0.0, 0
+        with torch.no_grad(), evaluating(self.module), self.autocast():
+            for example in measured:
+                batch = make_batch([example], self._pad, self.module.device)
+                total, count = total + self._with_loss(batch).item() * batch.num_learnt, count + batch.num_learnt
+        for question in self._questions:
+            self._ask(step, question)
+        return TuneEvaluation(step, total / count)
+
+    def score(self, evaluation: TuneEvaluation) -> float:
+        """The least surprised one is best."""
+        return evaluation.nats
+
+    def snapshot(self) -> dict[str, torch.Tensor]:
+        """Return the adapters."""
+        return {name: p.detach().cpu().clone() for name, p in trained(self.module).items()}
+
+    @torch.no_grad()
+    def restore(self, kept: dict[str, torch.Tensor]) -> None:
+        """Put adapters back."""
+        for name, parameter in trained(self.module).items():
+            parameter.copy_(kept[name])
+
+    def result(self, name: str, ended: str) -> FinetuneRun:
+        """Return what happened."""
+        return FinetuneRun(name, self.settings, self._qat, str(self.dtype).removeprefix("torch."), str(self._examples),
+                           len(adapters(self.module)), sum(p.numel() for p in trained(self.module).values()),
+                           tuple(self.steps), tuple(self.evaluations), self.best, tuple(self.samples), ended,
+                           self.seconds)  # fmt: skip
+
+    def _ask(self, step: int, question: str) -> None:
+        with evaluating(self.module):
+            reply = self._model.chat(question, temperature=0, max_new_tokens=_ANSWER_TOKENS)
+        self.samples.append(Sample(step, question, reply.text))
+        self.watch(self.samples[-1])
+
+
+def _fingerprint(module: nn.Module) -> str:
+    """Return what tells this model, before training, from every other."""
+    digest = hashlib.sha256()
+    for name, part in adapters(module).items():
+        base = part.base_layer.blocks if isinstance(part, GridLora) else part.base_layer.weight.detach()
+        sample = base.flatten()[:: max(1, base.numel() // 64)].float().cpu()
+        digest.update(f"{name} {tuple(base.shape)} {part.r}".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()[:16]
