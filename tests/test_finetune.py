@@ -160,6 +160,17 @@ def test_what_was_trained_is_what_ships(model, tmp_path):
         gqk.merge_adapters(model)
 
 
+def test_adapters_are_trained_on_as_they_are(model):
+    first = tune(model)
+    again = tune(model)
+    assert again.evaluations[0].nats == pytest.approx(first.best.nats)
+    for change, said in (({"rank": 8}, "rank=4"), ({"qat": None}, "qat='q4_0'")):
+        with pytest.raises(BadSettingError, match=f"has adapters already, with {said}"):
+            tune(model, **change)
+    gqk.merge_adapters(model)
+    assert tune(model, rank=8).evaluations[0].nats == pytest.approx(again.best.nats)
+
+
 def test_plain_lora_merges_as_peft_does(model):
     tune(model, qat=None)
     before = says(model)

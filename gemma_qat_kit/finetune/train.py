@@ -31,7 +31,7 @@ from gemma_qat_kit.quality.scoring import evaluating
 QAT_CHOICES = ("q4_0", None)
 Watch = Callable[[Step | TuneEvaluation | Sample], None]
 _ANSWER_TOKENS = 60
-_adapted: "weakref.WeakKeyDictionary[nn.Module, PeftModel]" = weakref.WeakKeyDictionary()
+_adapted: "weakref.WeakKeyDictionary[nn.Module, tuple[PeftModel, dict]]" = weakref.WeakKeyDictionary()
 
 
 def finetune(
@@ -95,7 +95,7 @@ def adapted_model(model: Model) -> PeftModel:
         raise BadSettingError(
             "This model has no adapters.", "finetune puts them in.", "Call finetune(model, dataset) first."
         )
-    return found
+    return found[0]
 
 
 def forget(module: nn.Module) -> None:
@@ -105,13 +105,25 @@ def forget(module: nn.Module) -> None:
 
 def _adapt(model: Model, module: nn.Module, settings: FinetuneSettings, qat: str | None, report: Report) -> None:
     """Pack a model's linears if they are to be trained through the grid, and put adapters beside them, once."""
+    asked = {name: getattr(settings, name) for name in ("rank", "alpha", "targets")} | {"qat": qat}
     if module in _adapted:
+        _check_same(_adapted[module][1], asked)
         return
     if qat and not any(isinstance(part, PackedLinear) for part in module.modules()):
         pack(module, {} if _is_on_grid(module) else collect_importance(model, report=report), report)
     module.requires_grad_(False)
-    _adapted[module] = add_adapters(module, rank=settings.rank, alpha=settings.alpha, targets=settings.targets,
-                                    qat=qat is not None, seed=settings.seed)  # fmt: skip
+    adapted = add_adapters(module, rank=settings.rank, alpha=settings.alpha, targets=settings.targets,
+                           qat=qat is not None, seed=settings.seed)  # fmt: skip
+    _adapted[module] = adapted, asked
+
+
+def _check_same(there: dict, asked: dict) -> None:
+    if differing := [name for name in asked if asked[name] != there[name]]:
+        raise BadSettingError(
+            f"This model has adapters already, with {', '.join(f'{name}={there[name]!r}' for name in differing)}.",
+            "They are trained on as they are.",
+            "Pass the same, call merge_adapters(model) first, or load the model again.",
+        )
 
 
 def _is_on_grid(module: nn.Module) -> bool:
