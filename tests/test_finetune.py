@@ -1,5 +1,8 @@
 """Fine-tuning: it learns, it keeps the best point, it goes on where it was, and what it learnt is what ships."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from small_network import quiet
@@ -169,6 +172,15 @@ def test_adapters_are_trained_on_as_they_are(model):
             tune(model, **change)
     gqk.merge_adapters(model)
     assert tune(model, rank=8).evaluations[0].nats == pytest.approx(again.best.nats)
+
+
+def test_a_closed_model_is_freed(tiny):
+    with gqk.load(str(tiny("12B", "bf16")), device="cpu", report=quiet) as model:
+        tune(model, num_steps=1)
+        module = weakref.ref(model.hf[0])
+    del model
+    gc.collect()
+    assert module() is None
 
 
 def test_plain_lora_merges_as_peft_does(model):

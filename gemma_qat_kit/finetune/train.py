@@ -1,7 +1,6 @@
 """`finetune`: adapters on packed weights, trained on the assistant's turns of conversations."""
 
 import hashlib
-import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -31,7 +30,7 @@ from gemma_qat_kit.quality.scoring import evaluating
 QAT_CHOICES = ("q4_0", None)
 Watch = Callable[[Step | TuneEvaluation | Sample], None]
 _ANSWER_TOKENS = 60
-_adapted: "weakref.WeakKeyDictionary[nn.Module, tuple[PeftModel, dict]]" = weakref.WeakKeyDictionary()
+_ADAPTED = "gqk_adapted"  # attribute of an adapted module: peft's view, which holds the module itself, and what it is
 
 
 def finetune(
@@ -90,7 +89,7 @@ def adapted_model(model: Model) -> PeftModel:
     Raises:
         BadSettingError: It is not adapted.
     """
-    found = _adapted.get(module_of(model))
+    found = getattr(module_of(model), _ADAPTED, None)
     if found is None:
         raise BadSettingError(
             "This model has no adapters.", "finetune puts them in.", "Call finetune(model, dataset) first."
@@ -100,21 +99,23 @@ def adapted_model(model: Model) -> PeftModel:
 
 def forget(module: nn.Module) -> None:
     """Take a model as one without adapters from now on."""
-    _adapted.pop(module, None)
+    delattr(module, _ADAPTED)
+    if hasattr(module, "peft_config"):  # peft's own mark, which it warns of when it meets it again
+        del module.peft_config
 
 
 def _adapt(model: Model, module: nn.Module, settings: FinetuneSettings, qat: str | None, report: Report) -> None:
     """Pack a model's linears if they are to be trained through the grid, and put adapters beside them, once."""
     asked = {name: getattr(settings, name) for name in ("rank", "alpha", "targets")} | {"qat": qat}
-    if module in _adapted:
-        _check_same(_adapted[module][1], asked)
+    if hasattr(module, _ADAPTED):
+        _check_same(getattr(module, _ADAPTED)[1], asked)
         return
     if qat and not any(isinstance(part, PackedLinear) for part in module.modules()):
         pack(module, {} if _is_on_grid(module) else collect_importance(model, report=report), report)
     module.requires_grad_(False)
     adapted = add_adapters(module, rank=settings.rank, alpha=settings.alpha, targets=settings.targets,
                            qat=qat is not None, seed=settings.seed)  # fmt: skip
-    _adapted[module] = adapted, asked
+    setattr(module, _ADAPTED, (adapted, asked))  # in a tuple: torch would take a module for a part of this one
 
 
 def _check_same(there: dict, asked: dict) -> None:
