@@ -34,6 +34,7 @@ def load(
     device: str = "auto",
     per_layer_table: str = "disk",
     kv_format: str = "bf16",
+    engine: str | None = None,
     revision: str | None = None,
     token: str | None = None,
     report: Report | None = None,
@@ -52,6 +53,9 @@ def load(
             copied to the RAM of the "cpu", or a part of the model in the "memory" of its device, where QAT can round
             and train them. llama.cpp leaves them on disk; sizes without them ignore this.
         kv_format: Of the key/value cache: "bf16", or in llama.cpp "q8_0", which takes half of it.
+        engine: None takes what the format is for. "transformers" runs q4_0 there, too, its weights left in their
+            blocks: a GGUF, or a folder with 16-bit weights, which are packed as they are read. That is what `finetune`
+            trains adapters on.
         revision: Commit, tag or branch of the repository; None keeps to the commit of the first download.
         token: Hub token, or the server's API key. Never printed.
         report: Called with the progress; raise CancelledError in it to stop. None draws a bar.
@@ -67,8 +71,8 @@ def load(
     """
     format = format and format.lower()
     request = Request(
-        str(source), format, text_only, context_length, drafter, device, per_layer_table, kv_format, revision, token,
-        report,
+        str(source), format, text_only, context_length, drafter, device, per_layer_table, kv_format, engine,
+        revision, token, report,
     )  # fmt: skip
     if request.source.startswith(("http://", "https://")):
         return _load_endpoint(request)
@@ -88,8 +92,8 @@ def _load(request: Request) -> Model:
     if row is not None:
         if row.role == "drafter":
             raise _drafter_alone(row)
-        request.check_engine(row.key, row.engine)
-        request.check_memory(row.key, row.size, row.format, row.engine)
+        engine = request.chosen_engine(row.key, row.format, row.engine)
+        request.check_memory(row.key, row.size, row.format, engine)
     path = _fetch(row, request)
     drafter = _fetch_drafter(row, request) if request.drafter else None
     with load_receipt(request) as loaded:
@@ -183,11 +187,10 @@ def _load_local(path: Path, row: Checkpoint | None, drafter: Path | None, reques
 
     found = inspect_checkpoint(path)
     size = row.size if row else found.size
-    format = _agreed_format(found, row.format if row else request.format)
+    format = _agreed_format(found, row.format if row else request.format, request.engine)
     weights = found.text_bytes if request.text_only else found.all_bytes
-    engine = "transformers" if format == "float32" else found.engine
+    engine = request.chosen_engine(row.key if row else request.source, format, _engine_of(format, found.engine))
     if row is None:
-        request.check_engine(request.source, engine)
         request.check_memory(request.source, size, format, engine, weights - found.looked_up_bytes)
     with guarded_load(request.memory_settings(size, format, engine)):
         runner = _run(found, format, engine, weights, drafter, request)
@@ -223,17 +226,22 @@ def _run(found, format: str, engine: str, weights: int, drafter: Path | None, re
     )
 
 
-def _agreed_format(found, wanted: str | None) -> str:
+def _engine_of(format: str, engine: str) -> str:
+    return "transformers" if format == "float32" else engine
+
+
+def _agreed_format(found, wanted: str | None, engine: str | None) -> str:
     """Return the format to load: what lies there, or one that is made from it while loading."""
     is_16_bit = found.format in ("bf16", "q4_0-unquantized")
     if wanted in (None, found.format) or (wanted == "q4_0-unquantized" and is_16_bit):
         return wanted or found.format
-    if wanted in _MADE_WHILE_LOADING and is_16_bit:
+    if is_16_bit and (wanted in _MADE_WHILE_LOADING or (wanted == "q4_0" and engine == "transformers")):
         return wanted
     if wanted == "float32" and found.engine == "llama_cpp" and found.size == BUILT_IN_SIZE:
         return wanted
     raise BadSettingError(
         f"{found.path} holds {found.format}, not {wanted}.",
-        "While loading, nf4 and int8 are made from 16-bit weights, and float32 from the built-in model.",
+        'While loading, nf4, int8 and (with engine="transformers") q4_0 are made from 16-bit weights, and float32 from '
+        "the built-in model.",
         f'Leave the format out, or pass format="{found.format}".',
     )

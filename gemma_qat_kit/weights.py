@@ -10,7 +10,7 @@ import torch
 
 from gemma_qat_kit.checkpoint import inspect_checkpoint, weight_files
 from gemma_qat_kit.errors import BadSettingError, BadTensorError, BrokenCheckpointError, KitError, ModelClosedError
-from gemma_qat_kit.formats import q4_0
+from gemma_qat_kit.formats.blocks import Blocks, dequantized
 from gemma_qat_kit.gguf.header import broken_file
 from gemma_qat_kit.model import Model
 from gemma_qat_kit.qat.stored import stored
@@ -136,10 +136,10 @@ def _of_module(module: torch.nn.Module) -> Weights:
     origin = Path(name) if name and Path(name).exists() else None
     ships = stored(module)
     found = _of_state(f"the {type(module).__name__}", ships.state, origin)
-    for name, (kind, blocks) in ships.blocks.items():
-        read = _in_memory(name, blocks).read
-        weight = found.tensors.get(name) or _unpacked(name, blocks)
-        found.tensors[name] = replace(weight, kind=kind, read_blocks=read)
+    for name, value in ships.blocks.items():
+        read = _in_memory(name, value.blocks).read
+        weight = found.tensors.get(name) or _unpacked(name, value)
+        found.tensors[name] = replace(weight, kind=value.kind, read_blocks=read)
     return found
 
 
@@ -150,11 +150,10 @@ def _of_state(what: str, state: Mapping, origin: Path | None) -> Weights:
     return Weights(what, tensors, origin)
 
 
-def _unpacked(name: str, blocks: torch.Tensor) -> Weight:
-    """Return the weight of Q4_0 blocks, which are all that is in memory."""
-    rows = blocks.detach().reshape(-1, blocks.shape[-1])
-    shape = (*blocks.shape[:-1], blocks.shape[-1] // q4_0.GROUP_BYTES * q4_0.GROUP_SIZE)
-    return Weight(name, torch.float32, shape, lambda start, stop: q4_0.dequantize(rows[start:stop].cpu()))
+def _unpacked(name: str, value: Blocks) -> Weight:
+    """Return the weight of blocks that are all that is in memory."""
+    rows = value.blocks.detach().reshape(-1, value.blocks.shape[-1])
+    return Weight(name, torch.float32, value.shape, lambda start, stop: dequantized(rows[start:stop].cpu(), value.kind))
 
 
 def _in_memory(name: str, tensor: torch.Tensor) -> Weight:

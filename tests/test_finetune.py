@@ -9,9 +9,9 @@ from small_network import quiet
 from test_load import IDS, gguf_values
 
 import gemma_qat_kit as gqk
+from gemma_qat_kit.engines.packed import PackedLinear
 from gemma_qat_kit.errors import BadSettingError, CancelledError, UnknownNameError
 from gemma_qat_kit.finetune.lora import adapters
-from gemma_qat_kit.finetune.packed import PackedLinear
 from gemma_qat_kit.layouts import gguf_name
 from gemma_qat_kit.qat.run import Step
 from gemma_qat_kit.qat.state import trained

@@ -6,10 +6,11 @@ from small_network import logits, make_pair, quiet
 
 import gemma_qat_kit as gqk
 from gemma_qat_kit.architectures import GEMMA_SIZES
+from gemma_qat_kit.engines.packed import PackedLinear, blocks_of
 from gemma_qat_kit.errors import BadSettingError
 from gemma_qat_kit.finetune.lora import ADAPTER, GridLora, PlainGridLora, adapters, add_adapters
 from gemma_qat_kit.finetune.losses import chunked_cross_entropy
-from gemma_qat_kit.finetune.packed import PackedLinear, blocks_of, pack
+from gemma_qat_kit.finetune.packed import pack
 from gemma_qat_kit.formats import q4_0
 from gemma_qat_kit.memory.settings import LORA_TARGETS
 from gemma_qat_kit.quality.post_training import linears

@@ -213,7 +213,7 @@ def test_unknown_names_are_refused(settings, message):
 
 def test_what_excludes_each_other_is_refused():
     with pytest.raises(BadSettingError, match="cannot be trained: it runs in llama_cpp"):
-        plan_memory("E2B", "q4_0", task="finetune")
+        plan_memory("E2B", "q4_0", task="finetune", engine="llama_cpp")
     with pytest.raises(BadSettingError, match="nf4 weights cannot be trained: they are packed"):
         plan_memory("E2B", "nf4", task="qat")
     with pytest.raises(BadSettingError, match="transformers has no key/value cache in q8_0"):

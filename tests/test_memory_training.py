@@ -1,4 +1,4 @@
-"""The planned peak of training against the most memory that a plain training loop takes, each in a fresh process."""
+"""The planned peak of training against the most memory that it takes: `finetune`, or a plain training loop."""
 
 import json
 import subprocess
@@ -25,6 +25,19 @@ if size.startswith("tiny "):
     size = size.removeprefix("tiny ")
     changes["config"] = tiny_config(size)
     source = write_tiny_checkpoint(Path(tempfile.mkdtemp()) / "checkpoint", size, format)
+if size == "smollm2-135m" and changes["task"] == "finetune":
+    import gemma_qat_kit as gqk
+    from gemma_qat_kit.finetune.fitting import memory_settings
+    changes.pop("task")
+    settings = gqk.FinetuneSettings(num_steps=2, num_evaluations=1, gradient_accumulation=1, dtype="float32", **changes)
+    rows = [{"question": "?", "answer": "word " * 2 * settings.sequence_length}] * 8
+    with load(size, format, report=lambda progress: None) as model:
+        plan = plan_for(memory_settings(model, settings, "q4_0"))
+        with measure_memory() as use:
+            gqk.finetune(model, rows, settings=settings, report=lambda progress: None)
+    planned = sum(part.nbytes for part in plan.placed if part.place == "ram" and not part.is_spare)
+    print(json.dumps({"planned": planned, "measured": use.peak.in_place("ram")}))
+    sys.exit()
 plan = plan_for(MemorySettings(size, format, "transformers", "cpu", **changes))
 with load(source, format, context_length=512, device="cpu", report=lambda progress: None) as model:
     network = model.hf[0].float() if plan.settings.task == "qat" else model.hf[0]
@@ -41,6 +54,7 @@ print(json.dumps({"planned": planned, "measured": use.peak.in_place("ram")}))
     ("size", "format", "changes"),
     [
         ("smollm2-135m", "float32", {"task": "finetune", "sequence_length": 256, "gradient_checkpointing": False}),
+        ("smollm2-135m", "float32", {"task": "finetune", "sequence_length": 1024}),
         ("smollm2-135m", "float32", {"task": "qat", "teacher": "none", "sequence_length": 64, "optimizer": "sgd"}),
         ("tiny E2B", "bf16", {"task": "finetune", "sequence_length": 512, "batch_size": 5,
                               "gradient_checkpointing": False}),

@@ -9,13 +9,13 @@ from small_network import TEXT, logits, make_pair, quiet
 import gemma_qat_kit as gqk
 from gemma_qat_kit.architectures import GEMMA_SIZES
 from gemma_qat_kit.errors import BadSettingError
+from gemma_qat_kit.formats.blocks import Blocks
 from gemma_qat_kit.formats.grids import GRIDS
 from gemma_qat_kit.formats.quantized import Quantized
 from gemma_qat_kit.qat.convert import convert_qat
 from gemma_qat_kit.qat.fake_quantizer import masters, quantizers
 from gemma_qat_kit.qat.prepare import prepare_qat
 from gemma_qat_kit.qat.state import trained
-from gemma_qat_kit.qat.tables import TableBlocks
 
 SHORT = TEXT[:80]
 
@@ -88,7 +88,7 @@ def test_a_tied_table_stays_tied_and_is_stored_once(is_trained):
     assert head.weight is embedding.weight
     assert head.quantized["weight"] is embedding.quantized["weight"]
     stored = embedding.quantized["weight"]
-    assert isinstance(stored, Quantized if is_trained else TableBlocks)
+    assert isinstance(stored, Quantized if is_trained else Blocks)
     assert torch.equal(stored.dequantize(), embedding.weight)
     assert len({p.data_ptr() for p in module.parameters()}) == len(list(module.parameters()))
 

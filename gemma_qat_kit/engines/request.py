@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from gemma_qat_kit.catalog import BUILT_IN_SIZE, KNOWN_FORMATS
 from gemma_qat_kit.errors import BadSettingError, NotEnoughMemoryError, unknown_name
 from gemma_qat_kit.memory.plan import MemoryPlan, plan_memory
-from gemma_qat_kit.memory.settings import KV_FORMATS, TABLE_PLACES, MemorySettings, check_name
+from gemma_qat_kit.memory.settings import ENGINES, KV_FORMATS, TABLE_PLACES, MemorySettings, check_name
 from gemma_qat_kit.progress import Report
 from gemma_qat_kit.units import readable_bytes
 
@@ -24,6 +24,7 @@ class Request:
     device: str
     per_layer_table: str
     kv_format: str
+    engine: str | None
     revision: str | None
     token: str | None
     report: Report | None
@@ -41,13 +42,37 @@ class Request:
             raise BadSettingError(f"Unknown device {self.device!r}.", "Known: auto, cpu, cuda.", 'Try device="auto".')
         check_name("per_layer_table", self.per_layer_table, TABLE_PLACES)
         check_name("kv_format", self.kv_format, KV_FORMATS)
+        if self.engine is not None:
+            check_name("engine", self.engine, ENGINES)
 
-    def check_engine(self, name: str, engine: str) -> None:
-        """Refuse what an engine cannot do, rather than leave it out silently.
+    def chosen_engine(self, name: str, format: str, usual: str) -> str:
+        """Return what runs a format, and refuse what that engine cannot do, rather than leave it out silently.
+
+        Args:
+            name: What to call the model.
+            format: Of the catalog.
+            usual: What the format is for.
 
         Raises:
             BadSettingError: The message says what can.
         """
+        engine = self.engine or usual
+        if engine != usual and (engine, format) != ("transformers", "q4_0"):
+            raise BadSettingError(
+                f"{name} {format} does not run in {engine}.",
+                "transformers runs q4_0 besides its own formats; llama.cpp runs GGUF files, which export_gguf writes.",
+                f'Leave engine="{usual}".',
+            )
+        self._check_engine(name, engine)
+        if engine != usual and (self.drafter or not self.text_only):
+            raise BadSettingError(
+                f"{name} in Q4_0 blocks is a text model without a drafter.",
+                "A GGUF holds neither; drafter=True and text_only=False work with the 16-bit weights.",
+                'Leave them out, or take format="q4_0-unquantized".',
+            )
+        return engine
+
+    def _check_engine(self, name: str, engine: str) -> None:
         if engine == "llama_cpp" and (self.drafter or not self.text_only):
             raise BadSettingError(
                 f"{name} runs in llama.cpp, where this kit neither drafts nor sees images yet.",
@@ -88,7 +113,7 @@ class Request:
         # PyPI's llama.cpp has no GPU code, so a GGUF needs RAM wherever it runs.
         gpu = None if self.device == "cpu" or engine == "llama_cpp" else gpu
         available = gpu.free_bytes if gpu else ram
-        needed = self._needed(size, format, "cuda" if gpu else "cpu", weights)
+        needed = self._needed(size, format, engine, "cuda" if gpu else "cpu", weights)
         if available is None or needed <= available:
             return
         kind = "GPU memory" if gpu else "memory"
@@ -105,25 +130,26 @@ class Request:
         may_be_on_gpu = self.device != "cpu" and engine == "transformers"
         is_on_gpu = may_be_on_gpu and free_memory()[1] is not None
         try:
-            return self._plan(size, format, "cuda" if is_on_gpu else "cpu").settings
+            return self._plan(size, format, "cuda" if is_on_gpu else "cpu", engine).settings
         except ValueError:
             return None
 
-    def _needed(self, size: str | None, format: str, device: str, weights: int | None) -> int:
+    def _needed(self, size: str | None, format: str, engine: str, device: str, weights: int | None) -> int:
         """Return the bytes that a plan needs on the device, or those of the weights where no plan can be made."""
         try:
-            plan = self._plan(size, format, device)
+            plan = self._plan(size, format, device, engine)
         except ValueError:
             if weights is None:
                 raise
             return weights
         return plan.in_place("gpu") if device == "cuda" else plan.needed_bytes
 
-    def _plan(self, size: str | None, format: str | None, device: str | None) -> MemoryPlan:
+    def _plan(self, size: str | None, format: str | None, device: str | None, engine: str | None = None) -> MemoryPlan:
         return plan_memory(
             size,
             format,
             device=device,
+            engine=engine,
             context_length=self.context_length,
             text_only=self.text_only,
             per_layer_table=self.per_layer_table,

@@ -28,8 +28,9 @@ class TransformersEngine:
     """A Gemma 4 checkpoint, or the built-in model, loaded by transformers.
 
     Args:
-        folder: config.json, safetensors and tokenizer; for "float32" a .gguf file.
-        format: As in the catalog; "nf4" and "int8" quantize a 16-bit checkpoint with bitsandbytes while it is read.
+        folder: config.json, safetensors and tokenizer; for "float32" a .gguf file, for "q4_0" either.
+        format: As in the catalog; "nf4" and "int8" quantize a 16-bit checkpoint with bitsandbytes while it is read, and
+            "q4_0" leaves the weights of a GGUF in their blocks, or packs those of a 16-bit checkpoint.
         context_length: Tokens of prompt and answer together.
         text_only: Leave the vision and audio towers unread.
         drafter: Folder of the MTP drafter to generate with, or None.
@@ -75,6 +76,8 @@ class TransformersEngine:
                 check_context_length(context_length, longest_context(folder) or context_length)
                 self.model, self.tokenizer, end = load_gguf(folder, self.device, report)
                 self.stop_ids = [end]
+            elif format == "q4_0":
+                self._load_packed(per_layer_table, report)
             else:
                 config = load_config(folder, text_only)
                 check_context_length(context_length, config.get_text_config().max_position_embeddings)
@@ -88,6 +91,14 @@ class TransformersEngine:
                 self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.processor = self.tokenizer if text_only else _load_processor(folder)
         self._lock = threading.Lock()  # two cells may use one model: one after the other
+
+    def _load_packed(self, per_layer_table: str, report: Report | None) -> None:
+        from gemma_qat_kit.engines.transformers_packed import load_packed
+
+        self.model, self.tokenizer = load_packed(
+            self.path, dtype=self.dtype, device=self.device, per_layer_table=per_layer_table, report=report
+        )
+        check_context_length(self.context_length, self.model.config.get_text_config().max_position_embeddings)
 
     @property
     def hf(self) -> tuple:

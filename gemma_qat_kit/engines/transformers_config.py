@@ -14,22 +14,40 @@ class UnknownConfigKeyWarning(UserWarning):
 
 
 def load_config(folder: Path, text_only: bool):
-    """Return transformers' config object, without towers where they stay unread."""
+    """Return transformers' config object of a folder, without towers where they stay unread.
+
+    Warns:
+        UnknownConfigKeyWarning: The file has keys that nothing reads.
+    """
+    content = traps.clean_config(read_config(folder))
+    config = make_config(content, folder / "config.json")
+    _warn_of_unknown_keys(folder, content, config)
+    return without_towers(config) if text_only else config
+
+
+def make_config(content: dict, path: Path):
+    """Return transformers' config object for the content of a config.json, which says the file `path`.
+
+    Raises:
+        BrokenCheckpointError: A value cannot be used.
+    """
     from transformers import AutoConfig
 
-    content = traps.clean_config(read_config(folder))
-    kind = content.pop("model_type")
+    kind, content = content["model_type"], {key: value for key, value in content.items() if key != "model_type"}
     try:
         config = AutoConfig.for_model(kind, **content)
     except Exception as err:  # each release validates in its own way
         raise BrokenCheckpointError(
-            f"{folder / 'config.json'} does not describe a {kind} model: {err}.",
+            f"{path} does not describe a {kind} model: {err}.",
             "Its keys and values must be those of the published checkpoints.",
             "Download it again.",
         ) from err
-    _warn_of_unknown_keys(folder, content, config)
-    if text_only:
-        config.vision_config = config.audio_config = None
+    return config
+
+
+def without_towers(config):
+    """Return transformers' config object of the text model alone."""
+    config.vision_config = config.audio_config = None
     return config
 
 

@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 
 from gemma_qat_kit.checkpoint import weight_files
+from gemma_qat_kit.formats.blocks import Blocks, dequantized
 from gemma_qat_kit.formats.mobile import unpack
 
 NAME = "embed_tokens_per_layer"
@@ -31,7 +32,19 @@ class HostTable(torch.nn.Module):
     def __init__(self, num_embeddings: int, embedding_dim: int, scale: float, dtype: torch.dtype):
         super().__init__()
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
-        self.scale, self.dtype = scale, dtype
+        self.scale, self.dtype, self._kind = scale, dtype, None
+
+    @property
+    def quantized(self) -> dict[str, Blocks]:
+        """The blocks of a table out of a GGUF, as `export_gguf` looks for them."""
+        if self._kind is None:
+            return {}
+        return {"weight": Blocks(self._kind, (self.num_embeddings, self.embedding_dim), self.blocks)}
+
+    def fill_blocks(self, value: Blocks) -> None:
+        """Take the table of a GGUF in place, on the device where it lies."""
+        self._kind = value.kind
+        self.register_buffer("blocks", value.blocks, persistent=False)
 
     def fill(self, tensors: dict[str, torch.Tensor]) -> bool:
         """Take the weights in place, and tell whether they are complete and fit."""
@@ -51,6 +64,9 @@ class HostTable(torch.nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Return the rows of ids (…), on their device: (…, embedding_dim)."""
+        if self._kind is not None:
+            rows = dequantized(self.blocks[ids.to(self.blocks.device)], self._kind)
+            return rows.to(ids.device, self.dtype) * self.scale
         rows = [table[ids.to(table.device)].to(ids.device) for table in self.parameters()]
         if len(rows) == 1:
             return rows[0].to(self.dtype) * self.scale

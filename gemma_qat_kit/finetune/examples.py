@@ -49,6 +49,11 @@ class Examples:
     num_empty: int = 0
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest conversation."""
+        return max(len(example.ids) for example in (*self.train, *self.held_out))
+
+    @property
     def digest(self) -> str:
         """What tells these examples from all others."""
         found = hashlib.sha256()

@@ -14,10 +14,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 
+from gemma_qat_kit.engines.packed import PackedLinear, as_computed
 from gemma_qat_kit.errors import BadSettingError
-from gemma_qat_kit.finetune.packed import PackedLinear
 from gemma_qat_kit.formats import q4_0
 from gemma_qat_kit.formats.grids import GRIDS, learned_fake_quantize
+from gemma_qat_kit.memory.training import ADAPTED_CHUNK
 
 _GRID = GRIDS["q4_0"]
 ADAPTER = "default"  # peft's name of the first adapter
@@ -40,8 +41,10 @@ class GridLora(LoraLinear):
         """Return the Q4_0 blocks of the adapted weight, uint8 (out, in / 32 * 18): the codes that training computed
         with; of an adapter that was trained without the grid, those of the plain rule."""
         a, b, scaling = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight, self.scaling[ADAPTER]
-        weight, scale = _adapted(self.base_layer.blocks, a, b, scaling)
-        return q4_0.pack(_GRID.codes(weight, scale), scale) if self.qat else q4_0.quantize(weight)
+        merged = torch.empty_like(self.base_layer.blocks)
+        for rows, weight, scale in _adapted(self.base_layer.blocks, a, b, scaling):
+            merged[rows] = q4_0.pack(_GRID.codes(weight, scale), scale) if self.qat else q4_0.quantize(weight)
+        return merged
 
 
 class PlainGridLora(GridLora):
@@ -50,23 +53,30 @@ class PlainGridLora(GridLora):
     qat = False
 
 
-def _adapted(blocks: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> tuple[torch.Tensor, ...]:
-    """Return W + s·B·A in float32 (out, in), and the scales (out, in / 32) of W."""
-    codes, scale = q4_0.unpack(blocks)
-    weight = (codes.float().unflatten(-1, (-1, q4_0.GROUP_SIZE)) * scale[..., None]).flatten(-2)
-    return weight.addmm_(b.float(), a.float(), alpha=scaling), scale
+def _adapted(blocks: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> Iterator[tuple]:
+    """Yield some rows at a time of W + s·B·A in float32, with the scales of W: which rows, (rows, in), (rows, groups).
+
+    Training and merging take the same rows at a time: a product's last bits depend on how many there are.
+    """
+    step = max(1, ADAPTED_CHUNK // a.shape[-1])
+    for rows in (slice(start, start + step) for start in range(0, len(blocks), step)):
+        weight = q4_0.dequantize(blocks[rows], torch.float32)
+        yield rows, weight.addmm_(b[rows].float(), a.float(), alpha=scaling), q4_0.scales(blocks[rows])
 
 
 def _on_grid(blocks, a, b, scaling, dtype: torch.dtype) -> torch.Tensor:
-    weight, scale = _adapted(blocks, a, b, scaling)
-    return learned_fake_quantize(weight, scale, _GRID, dtype)
+    values = torch.empty((len(blocks), a.shape[-1]), dtype=dtype, device=blocks.device)
+    for rows, weight, scale in _adapted(blocks, a, b, scaling):
+        values[rows] = learned_fake_quantize(weight, scale, _GRID, dtype)
+    return values
 
 
 class _GridProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, blocks, a, b, scaling: float) -> torch.Tensor:
+        ctx.scaling, ctx.dtype = scaling, x.dtype
+        x = as_computed(x)
         ctx.save_for_backward(x, blocks, a, b)
-        ctx.scaling = scaling
         return nn.functional.linear(x, _on_grid(blocks, a, b, scaling, x.dtype))
 
     @staticmethod
@@ -77,7 +87,7 @@ class _GridProduct(torch.autograd.Function):
         g, x = g.flatten(0, -2).to(a.dtype), x.flatten(0, -2).to(a.dtype)
         of_b = g.T @ (x @ a.T) * ctx.scaling
         of_a = (g @ b).T @ x * ctx.scaling
-        return of_x, None, of_a, of_b, None
+        return of_x.to(ctx.dtype), None, of_a, of_b, None
 
 
 def add_adapters(
@@ -101,7 +111,7 @@ def add_adapters(
         raise BadSettingError(
             f"No linear of this model is called {', '.join(targets)}.",
             "Adapters go beside linears of the language model.",
-            'Try lora_targets=("q_proj", "v_proj").',
+            'Try targets=("q_proj", "v_proj").',
         )
     config = LoraConfig(
         r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=names, bias="none", task_type="CAUSAL_LM"

@@ -7,6 +7,8 @@ head is frozen, so all that has to be kept of a chunk is its gradient for the hi
 import torch
 from torch import nn
 
+from gemma_qat_kit.engines.packed import as_computed
+
 CHUNK = 256  # tokens whose logits are there at once
 
 
@@ -29,8 +31,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, head, targets, softcap, chunk) -> torch.Tensor:
         of_hidden, total = torch.empty_like(hidden), torch.zeros((), dtype=torch.float64, device=hidden.device)
+        computed = as_computed(hidden)
+        head = head.to(computed.dtype)
         for rows in (slice(i, i + chunk) for i in range(0, len(hidden), chunk)):
-            loss, of_hidden[rows] = _chunk(hidden[rows], head, targets[rows], softcap)
+            loss, of_hidden[rows] = _chunk(computed[rows], head, targets[rows], softcap)
             total += loss
         ctx.save_for_backward(of_hidden)
         return total.float()

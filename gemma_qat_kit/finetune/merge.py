@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
+from gemma_qat_kit.engines.packed import PackedLinear
 from gemma_qat_kit.finetune.lora import GridLora, adapters
-from gemma_qat_kit.finetune.packed import PackedLinear
 from gemma_qat_kit.finetune.train import adapted_model, forget
 from gemma_qat_kit.model import Model
 from gemma_qat_kit.quality.post_training import module_of

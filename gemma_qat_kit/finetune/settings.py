@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from gemma_qat_kit.errors import BadSettingError
-from gemma_qat_kit.memory.settings import LORA_TARGETS
+from gemma_qat_kit.memory.settings import LORA_TARGETS, check_name
 from gemma_qat_kit.qat.settings import LoopSettings
 
 
@@ -40,3 +40,5 @@ class FinetuneSettings(LoopSettings):
                 "It is a tuple of names of linears.",
                 'Try ("q_proj", "v_proj").',
             )
+        for target in self.targets:
+            check_name("target", target, LORA_TARGETS)

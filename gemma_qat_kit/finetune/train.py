@@ -9,12 +9,16 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from gemma_qat_kit import out_of_memory
+from gemma_qat_kit.catalog import BUILT_IN_SIZE
+from gemma_qat_kit.engines.packed import PackedLinear
 from gemma_qat_kit.errors import BadSettingError, unknown_name
 from gemma_qat_kit.finetune.conversations import read_conversations
 from gemma_qat_kit.finetune.examples import IGNORED, Batch, Examples, make_batch, make_examples
+from gemma_qat_kit.finetune.fitting import fitting_settings, memory_settings
 from gemma_qat_kit.finetune.lora import GridLora, adapters, add_adapters
 from gemma_qat_kit.finetune.losses import chunked_cross_entropy
-from gemma_qat_kit.finetune.packed import PackedLinear, pack
+from gemma_qat_kit.finetune.packed import pack
 from gemma_qat_kit.finetune.run import FinetuneRun, Sample, TuneEvaluation
 from gemma_qat_kit.finetune.settings import FinetuneSettings
 from gemma_qat_kit.formats import q4_0_grid
@@ -26,6 +30,7 @@ from gemma_qat_kit.qat.state import trained
 from gemma_qat_kit.qat.training import Training, ignore, shown_report, training_mode
 from gemma_qat_kit.quality.post_training import collect_importance, linears, module_of
 from gemma_qat_kit.quality.scoring import evaluating
+from gemma_qat_kit.recording import train_receipt
 
 QAT_CHOICES = ("q4_0", None)
 Watch = Callable[[Step | TuneEvaluation | Sample], None]
@@ -34,7 +39,7 @@ _ADAPTED = "gqk_adapted"  # attribute of an adapted module: peft's view, which h
 
 
 def finetune(
-    model: Model | str,
+    model: Model | str | Path,
     dataset: object,
     *,
     qat: str | None = "q4_0",
@@ -50,10 +55,11 @@ def finetune(
     through its grid in training, so `export_gguf` writes exactly what was trained.
 
     Args:
-        model: A model of `gqk.load` that runs in transformers, adapted in place; or a size, which is loaded.
+        model: A model of `gqk.load` that runs in transformers, adapted in place; or a size, a .gguf file or a folder
+            with 16-bit weights, which is loaded in Q4_0 blocks (`load(…, "q4_0", engine="transformers")`).
         dataset: Conversations: a list, a .jsonl or .csv file, or "owner/name" of the hub; see `read_conversations`.
         qat: "q4_0", or None for plain LoRA on the weights as they are, which an export rounds afterwards.
-        settings: None for the defaults.
+        settings: None for the defaults, four conversations at once where they fit the free memory.
         folder: For checkpoints. A run that was killed goes on exactly from the last one, once the model is loaded.
         samples: Questions that are asked before, during and after.
         watch: Called with each update, evaluation and answer; may block to pause, or raise CancelledError to stop.
@@ -70,17 +76,27 @@ def finetune(
     """
     if qat not in QAT_CHOICES:
         raise unknown_name("qat", qat, ("q4_0",))
-    settings = settings or FinetuneSettings()
     conversations = read_conversations(dataset)
     with ExitStack() as stack:
         shown = shown_report(report, stack)
-        model = load(model, "q4_0-unquantized", report=shown) if isinstance(model, str) else model
+        model = _loaded(model, shown) if isinstance(model, str | Path) else model
         module, tokenizer = module_of(model), model.hf[1]
-        examples = make_examples(conversations, tokenizer, settings.sequence_length)
+        examples = make_examples(conversations, tokenizer, (settings or FinetuneSettings()).sequence_length)
+        settings = settings or fitting_settings(model, qat, examples.longest)
+        planned = memory_settings(model, settings, qat, examples.longest)
+        if planned is not None:
+            stack.enter_context(out_of_memory.help(planned))
         _adapt(model, module, settings, qat, shown)
         stack.enter_context(training_mode(module, settings))
         training = _Tuning(model, module, tokenizer, examples, settings, qat, folder, samples, watch or ignore, shown)
+        stack.enter_context(train_receipt(model, planned, training.optimizer_bytes))
         return training.result(model.name, training.train())
+
+
+def _loaded(source: str | Path, report: Report) -> Model:
+    if str(source).lower() == BUILT_IN_SIZE:
+        return load(BUILT_IN_SIZE, "float32", report=report)
+    return load(source, "q4_0", engine="transformers", report=report)
 
 
 def adapted_model(model: Model) -> PeftModel:

@@ -77,9 +77,13 @@ def pack(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 def unpack(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return int8 codes (..., in) and float32 scales (..., in / 32): the inverse of `pack`."""
     groups = blocks.unflatten(-1, (-1, GROUP_BYTES))
-    scale = groups[..., :2].contiguous().view(torch.float16)[..., 0].float()
     nibbles = torch.stack([groups[..., 2:] & 15, groups[..., 2:] >> 4], -2)
-    return nibbles.flatten(-3).to(torch.int8) - 8, scale
+    return nibbles.flatten(-3).to(torch.int8) - 8, scales(blocks)
+
+
+def scales(blocks: torch.Tensor) -> torch.Tensor:
+    """Return the float32 scales (..., in / 32) of blocks."""
+    return blocks.unflatten(-1, (-1, GROUP_BYTES))[..., :2].contiguous().view(torch.float16)[..., 0].float()
 
 
 def ready(weight: torch.Tensor, name: str) -> torch.Tensor:

@@ -12,9 +12,9 @@ from gemma_qat_kit.errors import BrokenCheckpointError
 from gemma_qat_kit.gguf.header import broken_file, read_keys
 from gemma_qat_kit.parameters import layer_geometry
 
-_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 3, 4, 5, 6  # gguf.TokenType
+_NORMAL, CONTROL, USER_DEFINED, _UNUSED, _BYTE = 1, 3, 4, 5, 6  # gguf.TokenType
 # llama.cpp always shows these, because its chat parser reads them (`visible_tokens` in conversion/gemma.py).
-_ALWAYS_SHOWN = {"<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>",
+ALWAYS_SHOWN = {"<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>",
                  '<|"|>'}  # fmt: skip
 _SAMPLING = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p"}
 _OF_THE_FILE = ("split.", "general.architecture", "general.alignment", "general.file_type",
@@ -98,10 +98,10 @@ def _filler(number: int) -> str:
 
 
 def _kind(token: str, special: set[str]) -> int:
-    if token in _ALWAYS_SHOWN:
-        return _USER_DEFINED
+    if token in ALWAYS_SHOWN:
+        return USER_DEFINED
     is_byte = len(token) == 6 and token.startswith("<0x") and token.endswith(">")
-    return _CONTROL if token in special else _BYTE if is_byte else _NORMAL
+    return CONTROL if token in special else _BYTE if is_byte else _NORMAL
 
 
 def _chat_template(folder: Path, settings: dict) -> str:

@@ -64,7 +64,7 @@ def _halved(settings: MemorySettings, name: str, smallest: int) -> Iterator[Step
 def _formats(settings: MemorySettings) -> Iterator[Step]:
     others = _CHAT_FORMATS.get(settings.format, ()) if settings.task == "chat" else ()
     if settings.task == "finetune" and settings.format in ("bf16", "q4_0-unquantized"):
-        others = ("int8", "nf4")
+        others = ("q4_0", "int8", "nf4")
     for format in others:
         if (changed := _moved(settings, settings.size, format)) is not None:
             yield f"{settings.size} {format}", changed
@@ -75,7 +75,7 @@ def _sizes(settings: MemorySettings) -> Iterator[Step]:
     if settings.size not in SIZES or settings.size == BUILT_IN_SIZE:
         return
     for size in reversed(SIZES[: SIZES.index(settings.size)]):
-        for format in dict.fromkeys((settings.format, "q4_0" if settings.task == "chat" else "q4_0-unquantized")):
+        for format in dict.fromkeys((settings.format, "q4_0-unquantized" if settings.task == "qat" else "q4_0")):
             if (changed := _moved(settings, size, format)) is not None:
                 yield f"{size} {format}", changed
     format = BUILT_IN_FORMAT if settings.task == "chat" else "float32"
@@ -91,8 +91,9 @@ def _moved(settings: MemorySettings, size: str, format: str) -> MemorySettings |
         return None
     if row.unavailable:
         return None
-    is_llama = row.engine == "llama_cpp"
-    changes = {"size": row.size, "format": row.format, "engine": row.engine, "config": None}
+    engine = row.engine if settings.task == "chat" else "transformers"
+    is_llama = engine == "llama_cpp"
+    changes = {"size": row.size, "format": row.format, "engine": engine, "config": None}
     if is_llama or size == BUILT_IN_SIZE:
         changes |= {"drafter": False, "text_only": True, "per_layer_table": "disk"}
     if not is_llama:

@@ -114,8 +114,9 @@ def plan_memory(size: str, format: str | None = None, *, device: str | None = No
         BadSettingError: A number that cannot be used, or settings that exclude each other.
     """
     row = find_checkpoint(size, format)
-    device = device or ("cpu" if row.engine == "llama_cpp" or row.size == BUILT_IN_SIZE else "cuda")
-    engine = settings.pop("engine", None) or row.engine
+    is_packed = row.format == "q4_0" and settings.get("task", "chat") != "chat"  # trained where its blocks are, too
+    engine = settings.pop("engine", None) or ("transformers" if is_packed else row.engine)
+    device = device or ("cpu" if engine == "llama_cpp" or row.size == BUILT_IN_SIZE else "cuda")
     return plan_for(MemorySettings(row.size, row.format, engine, device, **settings))
 
 
@@ -146,8 +147,8 @@ def check_possible(settings: MemorySettings) -> None:
     if settings.task != "chat" and settings.engine != "transformers":
         raise BadSettingError(
             f"{settings.size} {settings.format} cannot be trained: it runs in {settings.engine}.",
-            "Training needs a format that runs in transformers.",
-            'Plan it with "q4_0-unquantized", the same weights before they are packed, or with "float32".',
+            "Training needs transformers.",
+            'Leave the engine out, or plan it with "q4_0-unquantized" or "float32".',
         )
     if settings.task == "qat" and settings.format not in _TRAINABLE:
         raise BadSettingError(

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 
+from gemma_qat_kit.catalog import BUILT_IN_SIZE
 from gemma_qat_kit.errors import BadSettingError, unknown_name
 
 TASKS = ("chat", "finetune", "qat")
@@ -72,6 +73,12 @@ class MemorySettings:
     def place(self) -> str:
         """Where what an engine makes itself lies: "gpu" or "ram"."""
         return "gpu" if self.device == "cuda" else "ram"
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether transformers holds the layers' matrices in Q4_0 blocks: `finetune` packs the built-in model, too."""
+        is_built_in = self.size == BUILT_IN_SIZE and self.task == "finetune"
+        return self.engine == "transformers" and (self.format == "q4_0" or is_built_in)
 
     def __post_init__(self):
         names = {"task": TASKS, "optimizer": OPTIMIZERS, "kv_format": KV_FORMATS, "per_layer_table": TABLE_PLACES,

@@ -20,6 +20,8 @@ from gemma_qat_kit.memory.settings import OPTIMIZERS, MemorySettings
 
 _LOSS_BYTES = 12  # per logit: in float32 itself, its log-probability and its gradient
 FLOAT32 = 4
+ADAPTED_CHUNK = 2**22  # weights of a matrix in Q4_0 blocks that are adapted at once
+_ADAPTED_BYTES = 16  # of each of them: blocks as float32, with the adapter, on the grid, and rounded
 
 
 def training_parts(settings: MemorySettings) -> list[Part]:
@@ -39,6 +41,8 @@ def training_parts(settings: MemorySettings) -> list[Part]:
         ACTIVATIONS: kept_bytes(network, settings),
         LOGITS: _LOSS_BYTES * network.vocab * chunk,
     }
+    if settings.is_packed:
+        parts[ACTIVATIONS] += unpacked_bytes(network, settings)
     if settings.gradient_accumulation == 1:
         _leave_out_what_never_meets(parts, network, settings)
     if place == "ram":  # a CPU's kernels pack the head's matrix anew before they multiply with it
@@ -130,6 +134,12 @@ def _adapter_inputs(network: Network, layer: Layer, settings: MemorySettings) ->
 def _fake_quantized_bytes(network: Network, layer: Layer) -> int:
     """Return the bytes of a layer's weights as the grid has them, which the backward pass multiplies with."""
     return FLOAT32 * sum(out * into for out, into in linears(network, layer).values())
+
+
+def unpacked_bytes(network: Network, settings: MemorySettings) -> int:
+    """Return the bytes of the largest matrix of the layers out of its Q4_0 blocks, and of what is adapted at once."""
+    largest = max(out * into for layer in network.layers for out, into in linears(network, layer).values())
+    return compute_bytes(settings) * largest + _ADAPTED_BYTES * ADAPTED_CHUNK
 
 
 def compute_bytes(settings: MemorySettings) -> int:

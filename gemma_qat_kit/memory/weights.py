@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from gemma_qat_kit.architectures import drafter_config, hf_config
 from gemma_qat_kit.catalog import BUILT_IN_SIZE
 from gemma_qat_kit.layouts import (
+    GROUP_BYTES,
     Tensor,
     bf16_tensors,
     drafter_tensors,
@@ -75,7 +76,10 @@ def _built_in(settings: MemorySettings) -> tuple[Part, ...]:
     network = find_network(settings)
     embeddings, everything = network.vocab * network.hidden, BUILT_IN_PARAMETERS
     if settings.format == "float32":
-        place, embeddings, everything = settings.place, 4 * embeddings, 4 * everything
+        group_bytes, group_size = GROUP_BYTES["Q4_0" if settings.is_packed else "F32"]
+        layers = group_bytes / group_size
+        place, everything = settings.place, round(layers * (everything - embeddings)) + 4 * embeddings
+        embeddings *= 4
     else:
         place = "gpu" if settings.device == "cuda" else "mapped"
         embeddings, everything = BUILT_IN_EMBEDDING_BYTES, BUILT_IN_TENSOR_BYTES
@@ -115,6 +119,13 @@ def _placed(total: _Sum, settings: MemorySettings) -> Iterator[Part]:
         yield Part(name, nbytes, "disk" if settings.per_layer_table == "disk" else "ram")
     elif total.dtype == _PACKED:  # gone from a GPU once it is unpacked; on a CPU its pages were read
         yield Part(name, nbytes if settings.device == "cpu" else 0, "mapped", is_spare=True)
+    elif settings.format == "q4_0":  # blocks, but a head to multiply with; its own blocks are read once, while loading
+        group_bytes, group_size = GROUP_BYTES[total.dtype]
+        in_16_bit = 2 * nbytes // group_bytes * group_size
+        place = "gpu" if settings.device == "cuda" else "ram" if total.is_token_table else "mapped"
+        yield Part(name, in_16_bit if total.is_token_table else nbytes, place)
+        if total.is_token_table:
+            yield Part(name, nbytes, "mapped", is_spare=True)
     elif settings.device == "cuda":
         yield Part(name, nbytes, "gpu")
     elif settings.format == "w4a16" and name != TABLE:

@@ -8,7 +8,7 @@ from gemma_qat_kit.memory.key_values import LLAMA_CPP_BATCH, checkpoint_bytes, k
 from gemma_qat_kit.memory.network import Network, find_network
 from gemma_qat_kit.memory.parts import ACTIVATIONS, ENGINE, LOGITS, Part
 from gemma_qat_kit.memory.settings import KV_FORMATS, MemorySettings
-from gemma_qat_kit.memory.training import FLOAT32, compute_bytes
+from gemma_qat_kit.memory.training import FLOAT32, compute_bytes, unpacked_bytes
 
 MIB = 2**20
 PREFILL_CHUNK = 512  # tokens of a prompt that transformers computes at once
@@ -44,6 +44,8 @@ def chat_parts(settings: MemorySettings) -> list[Part]:
             Part(ENGINE, kept * settings.batch_size, "ram"),
         ]
     activations = prefill_bytes(network, settings) * settings.batch_size
+    if settings.is_packed:
+        activations += unpacked_bytes(network, settings)
     if settings.format == "mobile":
         activations += _UNPACKING_BYTES * UNPACK_CHUNK
     if settings.device == "cpu":

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from gemma_qat_kit.errors import BadSettingError
+from gemma_qat_kit.formats.blocks import Blocks
 from gemma_qat_kit.formats.quantized import Quantized
-from gemma_qat_kit.qat.tables import TableBlocks
 
 
 @dataclass
@@ -16,11 +16,11 @@ class Stored:
 
     Attributes:
         state: Floats by their usual names; mobile weights as that layout names and packs them.
-        blocks: ggml's type and blocks, uint8 (..., bytes of a row), of weights that have them, by the same names.
+        blocks: Of weights that are in blocks, by the same names; some have no floats beside them.
     """
 
     state: dict[str, torch.Tensor]
-    blocks: dict[str, tuple[str, torch.Tensor]] = field(default_factory=dict)
+    blocks: dict[str, Blocks] = field(default_factory=dict)
 
 
 def stored(module: nn.Module) -> Stored:
@@ -51,12 +51,11 @@ def stored(module: nn.Module) -> Stored:
     return found
 
 
-def _add(found: Stored, name: str, part: nn.Module, value: Quantized | TableBlocks) -> None:
-    if isinstance(value, TableBlocks):
-        found.blocks[name] = value.kind, value.blocks
+def _add(found: Stored, name: str, part: nn.Module, value: Quantized | Blocks) -> None:
+    if isinstance(value, Blocks):
+        found.blocks[name] = value
     elif value.format == "q4_0":
-        found.blocks[name] = "Q4_0", value.tensors["blocks"]
-        found.state.pop(name.removesuffix("weight") + "blocks", None)  # a packed linear has no other weight
+        found.blocks[name] = Blocks("Q4_0", value.shape, value.tensors["blocks"])
     else:
         is_table = isinstance(part, nn.Embedding)
         prefix = name.removesuffix(".weight")

@@ -1,42 +1,20 @@
 """Embeddings and heads as they ship, rounded once, not trained: Q6_K or Q8_0 in a Q4_0 file, 2 or 4 bits in mobile."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 
 from gemma_qat_kit.formats import k_quants, q8_0
+from gemma_qat_kit.formats.blocks import Blocks
 from gemma_qat_kit.formats.grids import Grid, starting_scale
 from gemma_qat_kit.formats.quantized import Quantized
 from gemma_qat_kit.layouts import gguf_dtype
 
 
-@dataclass(frozen=True, eq=False)
-class TableBlocks:
-    """A table as a GGUF stores it.
-
-    Attributes:
-        kind: ggml's name of the type, "Q6_K" or "Q8_0".
-        shape: (words, width).
-        blocks: uint8 (words, bytes of a row).
-    """
-
-    kind: str
-    shape: tuple[int, ...]
-    blocks: torch.Tensor
-
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Return the table that the bytes stand for."""
-        if self.kind == "Q8_0":
-            return q8_0.dequantize(self.blocks, dtype)
-        return k_quants.dequantize(self.blocks, self.kind).to(dtype)
-
-
-def gguf_table(weight: torch.Tensor, name: str) -> TableBlocks:
+def gguf_table(weight: torch.Tensor, name: str) -> Blocks:
     """Round a table to the type that Google's Q4_0 files give it."""
     kind = gguf_dtype("token_embd.weight", tuple(weight.shape))
     rounded = q8_0.quantize(weight, name) if kind == "Q8_0" else k_quants.quantize(weight, kind, name)
-    return TableBlocks(kind, tuple(weight.shape), rounded.cpu())
+    return Blocks(kind, tuple(weight.shape), rounded.cpu())
 
 
 def mobile_table(weight: torch.Tensor, grid: Grid, name: str) -> Quantized:

@@ -1,0 +1,66 @@
+"""Which settings fit the memory that is there: what a run of `finetune` is planned as, and its defaults."""
+
+from dataclasses import replace
+
+from gemma_qat_kit.catalog import BUILT_IN_SIZE
+from gemma_qat_kit.environment import free_memory
+from gemma_qat_kit.finetune.losses import CHUNK
+from gemma_qat_kit.finetune.settings import FinetuneSettings
+from gemma_qat_kit.memory.parts import WEIGHTS
+from gemma_qat_kit.memory.plan import plan_for
+from gemma_qat_kit.memory.settings import MemorySettings
+from gemma_qat_kit.model import Model
+from gemma_qat_kit.recording import settings_of
+
+_ROOM = 0.7  # of the free memory: the rest is for what a plan does not know
+# The fastest first. All four conversations of an update at once need each weight out of its blocks once.
+_CHOICES = ({"batch_size": 4, "gradient_accumulation": 1, "gradient_checkpointing": False},
+            {"batch_size": 4, "gradient_accumulation": 1, "gradient_checkpointing": True})  # fmt: skip
+
+
+def memory_settings(
+    model: Model, settings: FinetuneSettings, qat: str | None, longest: int | None = None
+) -> MemorySettings | None:
+    """Return what the plan of a run is made for, None of a model that is not in the catalog.
+
+    Args:
+        model: Of `gqk.load`.
+        settings: Of the run.
+        qat: As in `finetune`.
+        longest: Tokens of the longest conversation, None where they are not known.
+    """
+    known = settings_of(model)
+    is_packed = qat is not None and model.size != BUILT_IN_SIZE  # as the plan takes that one to be in any case
+    return known and replace(
+        known,
+        task="finetune",
+        format="q4_0" if is_packed else known.format,
+        batch_size=settings.batch_size,
+        sequence_length=min(settings.sequence_length, longest or settings.sequence_length),
+        gradient_accumulation=settings.gradient_accumulation,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        lora_rank=settings.rank,
+        lora_targets=settings.targets,
+        logits_chunk_length=CHUNK,
+    )
+
+
+def fitting_settings(model: Model, qat: str | None, longest: int) -> FinetuneSettings:
+    """Return the fastest settings whose plan fits what is free now; those that take least where nothing is known.
+
+    Args:
+        model: Of `gqk.load`.
+        qat: As in `finetune`.
+        longest: Tokens of the longest conversation.
+    """
+    ram, gpu = free_memory()
+    for choice in _CHOICES:
+        settings = FinetuneSettings(**choice)
+        planned = memory_settings(model, settings, qat, longest)
+        if planned is None:
+            break
+        free = gpu.free_bytes if planned.device == "cuda" and gpu else ram
+        work = sum(p.nbytes for p in plan_for(planned).placed if p.name not in WEIGHTS and p.place == planned.place)
+        if free is not None and work < _ROOM * free:
+            return settings
+    return FinetuneSettings()
