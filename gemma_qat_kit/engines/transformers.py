@@ -8,6 +8,7 @@ from pathlib import Path
 
 from gemma_qat_kit.engines import transformers_traps as traps
 from gemma_qat_kit.engines.allocator import give_freed_memory_back
+from gemma_qat_kit.engines.half import keep_sums_in_float32
 from gemma_qat_kit.engines.transformers_config import load_config
 from gemma_qat_kit.engines.transformers_gguf import load_gguf
 from gemma_qat_kit.engines.transformers_report import quiet, reporting
@@ -89,6 +90,8 @@ class TransformersEngine:
                     unpack_in_chunks(self.model)
                 self.drafter = _load_drafter(drafter, self.dtype, self.device) if drafter else None
                 self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        if self.dtype == torch.float16:
+            keep_sums_in_float32(self.model)
         self.processor = self.tokenizer if text_only else _load_processor(folder)
         self._lock = threading.Lock()  # two cells may use one model: one after the other
 

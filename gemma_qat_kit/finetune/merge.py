@@ -3,10 +3,12 @@
 import torch
 from torch import nn
 
+from gemma_qat_kit.engines.half import keep_sums_in_float32
 from gemma_qat_kit.engines.packed import PackedLinear
 from gemma_qat_kit.finetune.lora import GridLora, adapters
 from gemma_qat_kit.finetune.train import adapted_model, forget
 from gemma_qat_kit.model import Model
+from gemma_qat_kit.qat.precision import own_dtype
 from gemma_qat_kit.quality.post_training import module_of
 
 
@@ -28,6 +30,8 @@ def merge_adapters(model: Model) -> None:
     for name, part in list(adapters(module).items()):
         parent, _, last = name.rpartition(".")
         setattr(module.get_submodule(parent), last, _merged(part))
+    if own_dtype(module) == torch.float16:
+        keep_sums_in_float32(module)
     forget(module)
 
 

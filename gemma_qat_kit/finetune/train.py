@@ -11,6 +11,7 @@ from torch import nn
 
 from gemma_qat_kit import out_of_memory
 from gemma_qat_kit.catalog import BUILT_IN_SIZE
+from gemma_qat_kit.engines.half import keep_sums_in_float32
 from gemma_qat_kit.engines.packed import PackedLinear
 from gemma_qat_kit.errors import BadSettingError, unknown_name
 from gemma_qat_kit.finetune.conversations import read_conversations
@@ -25,6 +26,7 @@ from gemma_qat_kit.formats import q4_0_grid
 from gemma_qat_kit.load import load
 from gemma_qat_kit.model import Model
 from gemma_qat_kit.progress import Report
+from gemma_qat_kit.qat.precision import own_dtype
 from gemma_qat_kit.qat.run import Step
 from gemma_qat_kit.qat.state import trained
 from gemma_qat_kit.qat.training import Training, ignore, shown_report, training_mode
@@ -131,6 +133,8 @@ def _adapt(model: Model, module: nn.Module, settings: FinetuneSettings, qat: str
     module.requires_grad_(False)
     adapted = add_adapters(module, rank=settings.rank, alpha=settings.alpha, targets=settings.targets,
                            qat=qat is not None, seed=settings.seed)  # fmt: skip
+    if own_dtype(module) == torch.float16:
+        keep_sums_in_float32(module)
     setattr(module, _ADAPTED, (adapted, asked))  # in a tuple: torch would take a module for a part of this one
 
 

@@ -46,7 +46,8 @@ class Training(ABC):
         self.dtype = self._choose_dtype(window)
         is_own = self.dtype == own_dtype(module)
         self.autocast = nullcontext if is_own else lambda: autocast(module.device, self.dtype)
-        self.scaler = torch.amp.GradScaler(module.device.type, enabled=self.dtype == torch.float16)
+        # From 65,536, torch's own beginning, the first ten steps of a short run would be lost to overflows.
+        self.scaler = torch.amp.GradScaler(module.device.type, 2.0**10, enabled=self.dtype == torch.float16)
         self.steps: list[Step] = []
         self.evaluations: list = []
         self.first_step, self.seconds, self.best_kept, self.has_begun = 0, 0.0, {}, False
