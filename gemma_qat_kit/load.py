@@ -35,6 +35,7 @@ def load(
     per_layer_table: str = "disk",
     kv_format: str = "bf16",
     engine: str | None = None,
+    adapter: str | Path | None = None,
     revision: str | None = None,
     token: str | None = None,
     report: Report | None = None,
@@ -56,6 +57,7 @@ def load(
         engine: None takes what the format is for. "transformers" runs q4_0 there, too, its weights left in their
             blocks: a GGUF, or a folder with 16-bit weights, which are packed as they are read. That is what `finetune`
             trains adapters on.
+        adapter: A .gguf file that `export_adapter` wrote, computed beside the weights; what runs in llama.cpp has it.
         revision: Commit, tag or branch of the repository; None keeps to the commit of the first download.
         token: Hub token, or the server's API key. Never printed.
         report: Called with the progress; raise CancelledError in it to stop. None draws a bar.
@@ -72,7 +74,7 @@ def load(
     format = format and format.lower()
     request = Request(
         str(source), format, text_only, context_length, drafter, device, per_layer_table, kv_format, engine,
-        revision, token, report,
+        adapter and Path(adapter).expanduser(), revision, token, report,
     )  # fmt: skip
     if request.source.startswith(("http://", "https://")):
         return _load_endpoint(request)
@@ -209,6 +211,7 @@ def _run(found, format: str, engine: str, weights: int, drafter: Path | None, re
             context_length=request.context_length,
             num_gpu_layers=layers,
             kv_format=request.kv_format,
+            adapter=request.adapter,
             report=request.report,
         )
     from gemma_qat_kit.engines.transformers import TransformersEngine

@@ -8,7 +8,7 @@ import gemma_qat_kit as gqk
 from gemma_qat_kit.architectures import GEMMA_SIZES
 from gemma_qat_kit.engines.packed import PackedLinear, blocks_of
 from gemma_qat_kit.errors import BadSettingError
-from gemma_qat_kit.finetune.lora import ADAPTER, GridLora, PlainGridLora, adapters, add_adapters
+from gemma_qat_kit.finetune.lora import ADAPTER, GridLora, PlainGridLora, adapters, add_adapters, find_linears
 from gemma_qat_kit.finetune.losses import chunked_cross_entropy
 from gemma_qat_kit.finetune.packed import pack
 from gemma_qat_kit.formats import q4_0
@@ -126,7 +126,7 @@ def test_gradients_reach_every_adapter_of_the_language_model_and_nothing_else(ti
         shapes = {name: part for name, part in module.named_modules() if name.rpartition(".")[2] in LORA_TARGETS}
         linear = {name for name, part in shapes.items() if isinstance(part, torch.nn.Linear) and "layers." in name}
         pack(module, {}, quiet)
-        add_adapters(module, rank=4, alpha=8, targets=LORA_TARGETS, qat=True)
+        add_adapters(module, find_linears(module, LORA_TARGETS), rank=4, alpha=8, qat=True)
         assert set(adapters(module)) == linear
         assert all(isinstance(part, GridLora) for part in adapters(module).values())
         for part in adapters(module).values():
@@ -138,7 +138,7 @@ def test_gradients_reach_every_adapter_of_the_language_model_and_nothing_else(ti
 
 def test_names_that_no_linear_has_are_refused():
     with pytest.raises(BadSettingError, match="No linear of this model is called o_prj"):
-        add_adapters(make_pair()[0], rank=4, alpha=8, targets=("o_prj",), qat=False)
+        find_linears(make_pair()[0], ("o_prj",))
 
 
 def test_a_stale_torchao_beside_it_does_no_harm(monkeypatch):
@@ -150,7 +150,7 @@ def test_a_stale_torchao_beside_it_does_no_harm(monkeypatch):
     monkeypatch.setattr(torchao, "is_torchao_available", stale)
     module, _ = make_pair()
     before = logits(module)
-    add_adapters(module, rank=4, alpha=8, targets=("q_proj", "v_proj"), qat=False)
+    add_adapters(module, find_linears(module, ("q_proj", "v_proj")), rank=4, alpha=8, qat=False)
     assert len(adapters(module)) == 4
     assert torch.equal(logits(module), before)
 

@@ -36,6 +36,7 @@ class LlamaCppEngine(EndpointEngine):
         path: The .gguf file.
         context_length: Tokens of prompt and answer together; llama.cpp rounds them up to a multiple of 256.
         num_gpu_layers: Layers on the GPU; -1 is all where there is one, 0 keeps the model on the CPU.
+        adapter: A LoRA in a GGUF of its own, as `export_adapter` writes it, or None.
         kv_format: Of the key/value cache: "bf16" (llama.cpp takes float16 for it) or "q8_0".
         report: Told how much of the file is in memory, several times a second.
 
@@ -56,19 +57,21 @@ class LlamaCppEngine(EndpointEngine):
         context_length: int,
         num_gpu_layers: int = -1,
         kv_format: str = "bf16",
+        adapter: Path | None = None,
         report: Report | None = None,
     ):
         process.require_xllamacpp()
         check_context_length(context_length, longest_context(path) or _LONGEST_CONTEXT)
         self._is_closed, self._file, self._own_bytes, self._buffers = False, path, 0, ()
-        self._scores = Scores(path, use_gpu=num_gpu_layers != 0)
+        self._scores = Scores(path, adapter, use_gpu=num_gpu_layers != 0)
         key = secrets.token_urlsafe(24)
         self._child, self._log = process.start(_SERVER)
         self._end = weakref.finalize(self, process.end, self._child, self._log)
         self._end.atexit = False  # the child notices by itself
         try:
-            order = {"path": str(path), "key": key, "context_length": int(context_length), "kv_format": kv_format,
-                     "num_gpu_layers": num_gpu_layers, "num_threads": process.num_threads()}  # fmt: skip
+            order = {"path": str(path), "adapter": str(adapter or ""), "key": key, "kv_format": kv_format,
+                     "context_length": int(context_length), "num_gpu_layers": num_gpu_layers,
+                     "num_threads": process.num_threads()}  # fmt: skip
             super().__init__(self._start(order, path, report), api_key=key)
         except BaseException:
             self.close()

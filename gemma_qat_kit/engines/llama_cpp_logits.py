@@ -55,6 +55,14 @@ _FUNCTIONS = {
     "llama_get_logits": (_POINTER, _POINTER),
     "llama_model_get_vocab": (_POINTER, _POINTER),
     "llama_vocab_n_tokens": (_INT, _POINTER),
+    "llama_adapter_lora_init": (_POINTER, _POINTER, ctypes.c_char_p),
+    "llama_set_adapters_lora": (
+        _INT,
+        _POINTER,
+        ctypes.POINTER(_POINTER),
+        ctypes.c_size_t,
+        ctypes.POINTER(ctypes.c_float),
+    ),
     "llama_tokenize": (_INT, _POINTER, ctypes.c_char_p, _INT, _POINTER, _INT, ctypes.c_bool, ctypes.c_bool),
 }
 
@@ -83,9 +91,9 @@ def _extension() -> str:
 
 
 class Model:
-    """A GGUF in llama.cpp, and a context as long as the longest text so far."""
+    """A GGUF in llama.cpp, with an adapter or none, and a context as long as the longest text so far."""
 
-    def __init__(self, path: str, num_threads: int):
+    def __init__(self, path: str, num_threads: int, adapter: str | None = None):
         self._llama, self._num_threads = load_library(), num_threads
         self._llama.llama_backend_init()
         self._model = self._llama.llama_model_load_from_file(
@@ -93,6 +101,9 @@ class Model:
         )
         if not self._model:
             raise ValueError("")  # llama.cpp's own message is in the log
+        self._adapter = self._llama.llama_adapter_lora_init(self._model, os.fsencode(adapter)) if adapter else None
+        if adapter and not self._adapter:
+            raise ValueError("")
         self._vocab = self._llama.llama_model_get_vocab(self._model)
         self._context, self._length = None, 0
 
@@ -139,6 +150,8 @@ class Model:
         read = [getattr(llama, name)(self._context) for name in ("llama_n_ctx", "llama_n_batch", "llama_n_ubatch")]
         if read != [self._length, BATCH, BATCH]:
             raise OtherReleaseError(f"it took n_ctx, n_batch and n_ubatch as {read}, not {list(params.first[:3])}")
+        if self._adapter:
+            llama.llama_set_adapters_lora(self._context, (_POINTER * 1)(self._adapter), 1, (ctypes.c_float * 1)(1.0))
         llama.llama_set_n_threads(self._context, self._num_threads, self._num_threads)
         return self._context
 

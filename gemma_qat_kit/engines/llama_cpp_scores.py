@@ -22,10 +22,12 @@ class Scores:
 
     Args:
         path: The .gguf file.
+        adapter: A LoRA in a GGUF of its own, or None.
         use_gpu: Compute on a GPU where llama.cpp has one.
     """
 
-    def __init__(self, path: Path, *, use_gpu: bool = True):
+    def __init__(self, path: Path, adapter: Path | None = None, *, use_gpu: bool = True):
+        self._adapter = {"adapter": str(adapter)} if adapter else {}
         self._path, self._hidden = path, {} if use_gpu else {"CUDA_VISIBLE_DEVICES": ""}
         self._child = self._log = self._end = None
         self._is_closed = False
@@ -78,7 +80,7 @@ class Scores:
         self._child, self._log = process.start(_CHILD, **self._hidden)
         self._end = weakref.finalize(self, process.end, self._child, self._log)
         self._end.atexit = False  # the child notices by itself
-        self._exchange({"path": str(self._path), "num_threads": read_cpu_count()}, is_load=True)
+        self._exchange({"path": str(self._path), "num_threads": read_cpu_count()} | self._adapter, is_load=True)
 
     def _exchange(self, order: dict, *, is_load: bool = False) -> dict:
         """Send an order and return the first line of the answer."""

@@ -45,6 +45,8 @@ def _load(order: dict) -> tuple:
     own_bytes = _private_bytes()
     params = xllamacpp.CommonParams()
     params.model.path = order["path"]
+    if order["adapter"]:
+        params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(order["adapter"], 1.0)]
     params.hostnames, params.port, params.api_keys = ["127.0.0.1"], 0, [order["key"]]
     params.n_ctx, params.n_parallel = order["context_length"], 1
     params.n_gpu_layers = order["num_gpu_layers"]

@@ -1,6 +1,7 @@
 """What `load` was asked for, and what of it is refused before anything is downloaded or read."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from gemma_qat_kit.catalog import BUILT_IN_SIZE, KNOWN_FORMATS
 from gemma_qat_kit.errors import BadSettingError, NotEnoughMemoryError, unknown_name
@@ -25,6 +26,7 @@ class Request:
     per_layer_table: str
     kv_format: str
     engine: str | None
+    adapter: Path | None
     revision: str | None
     token: str | None
     report: Report | None
@@ -85,6 +87,18 @@ class Request:
                 "llama.cpp looks the per-layer embeddings up in the file by itself; the formats that run in "
                 "transformers leave the choice.",
                 'Leave per_layer_table="disk".',
+            )
+        if self.adapter is not None and not self.adapter.is_file():
+            raise BadSettingError(
+                f"{self.adapter} is no file.",
+                "An adapter for llama.cpp is a .gguf file.",
+                "Write one with export_adapter(model, path).",
+            )
+        if engine == "transformers" and self.adapter is not None:
+            raise BadSettingError(
+                f"{name} runs in transformers, where an adapter is put into the loaded model.",
+                "llama.cpp computes one beside the weights of a GGUF.",
+                "Leave adapter out, and call load_adapter(model, folder).",
             )
         if engine == "transformers" and self.kv_format != "bf16":
             raise BadSettingError(

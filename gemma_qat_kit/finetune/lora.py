@@ -7,7 +7,7 @@ the rank of the adapter: `dB = s·g'(xA')` and `dA = s·(gB)'x`, never the size 
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -91,30 +91,20 @@ class _GridProduct(torch.autograd.Function):
 
 
 def add_adapters(
-    module: nn.Module, *, rank: int, alpha: float, targets: tuple[str, ...], qat: bool, seed: int = 0
+    module: nn.Module, names: Sequence[str], *, rank: int, alpha: float, qat: bool, seed: int = 0
 ) -> PeftModel:
-    """Freeze a model and put an adapter beside each of its language model's linears of some names.
+    """Freeze a model and put an adapter beside some of its linears.
 
     Args:
         module: A transformers model.
+        names: Of the linears, as `find_linears` finds them.
         rank: Of B and A.
         alpha: The product is scaled by alpha / rank.
-        targets: Names of linears, as in `memory.settings.LORA_TARGETS`.
         qat: Whether packed linears are trained through their grid.
         seed: Of the numbers that A begins with.
-
-    Raises:
-        BadSettingError: No linear has one of these names.
     """
-    names = list(_adaptable(module, targets))
-    if not names:
-        raise BadSettingError(
-            f"No linear of this model is called {', '.join(targets)}.",
-            "Adapters go beside linears of the language model.",
-            'Try targets=("q_proj", "v_proj").',
-        )
     config = LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=names, bias="none", task_type="CAUSAL_LM"
+        r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=list(names), bias="none", task_type="CAUSAL_LM"
     )
     # The first class that fits is taken, before peft asks what else is installed: a stale torchao would make it raise.
     config._register_custom_module({PackedLinear: GridLora if qat else PlainGridLora, nn.Linear: LoraLinear})
@@ -126,11 +116,27 @@ def add_adapters(
     return adapted
 
 
-def _adaptable(module: nn.Module, targets: tuple[str, ...]) -> Iterator[str]:
+def find_linears(module: nn.Module, targets: Sequence[str]) -> list[str]:
+    """Return the linears of a language model's layers that have one of some names, such as "q_proj".
+
+    Raises:
+        BadSettingError: There is none.
+    """
+    names = list(_adaptable(module, targets))
+    if not names:
+        raise BadSettingError(
+            f"No linear of this model is called {', '.join(targets)}.",
+            "Adapters go beside linears of the language model.",
+            'Try targets=("q_proj", "v_proj").',
+        )
+    return names
+
+
+def _adaptable(module: nn.Module, targets: Sequence[str]) -> Iterator[str]:
     pattern = re.compile(r"(^|\.)layers\.\d+\.(.+\.)?(" + "|".join(map(re.escape, targets)) + ")$")
     for name, part in module.named_modules():
         is_elsewhere = any(word in name for word in ("vision", "audio"))
-        if isinstance(part, nn.Linear) and pattern.search(name) and not is_elsewhere:
+        if isinstance(part, nn.Linear | LoraLinear) and pattern.search(name) and not is_elsewhere:
             yield name
 
 

@@ -1,43 +1,36 @@
 """`finetune`: adapters on packed weights, trained on the assistant's turns of conversations."""
 
-import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 from torch import nn
 
 from gemma_qat_kit import out_of_memory
 from gemma_qat_kit.catalog import BUILT_IN_SIZE
-from gemma_qat_kit.engines.half import keep_sums_in_float32
-from gemma_qat_kit.engines.packed import PackedLinear
-from gemma_qat_kit.errors import BadSettingError, unknown_name
+from gemma_qat_kit.errors import unknown_name
+from gemma_qat_kit.finetune.adapted import adapt, fingerprint, kind_for
 from gemma_qat_kit.finetune.conversations import read_conversations
 from gemma_qat_kit.finetune.examples import IGNORED, Batch, Examples, make_batch, make_examples
 from gemma_qat_kit.finetune.fitting import fitting_settings, memory_settings
-from gemma_qat_kit.finetune.lora import GridLora, adapters, add_adapters
+from gemma_qat_kit.finetune.lora import adapters
 from gemma_qat_kit.finetune.losses import chunked_cross_entropy
-from gemma_qat_kit.finetune.packed import pack
 from gemma_qat_kit.finetune.run import FinetuneRun, Sample, TuneEvaluation
 from gemma_qat_kit.finetune.settings import FinetuneSettings
-from gemma_qat_kit.formats import q4_0_grid
 from gemma_qat_kit.load import load
 from gemma_qat_kit.model import Model
 from gemma_qat_kit.progress import Report
-from gemma_qat_kit.qat.precision import own_dtype
 from gemma_qat_kit.qat.run import Step
 from gemma_qat_kit.qat.state import trained
 from gemma_qat_kit.qat.training import Training, ignore, shown_report, training_mode
-from gemma_qat_kit.quality.post_training import collect_importance, linears, module_of
+from gemma_qat_kit.quality.post_training import module_of
 from gemma_qat_kit.quality.scoring import evaluating
 from gemma_qat_kit.recording import train_receipt
 
 QAT_CHOICES = ("q4_0", None)
 Watch = Callable[[Step | TuneEvaluation | Sample], None]
 _ANSWER_TOKENS = 60
-_ADAPTED = "gqk_adapted"  # attribute of an adapted module: peft's view, which holds the module itself, and what it is
 
 
 def finetune(
@@ -88,7 +81,7 @@ def finetune(
         planned = memory_settings(model, settings, qat, examples.longest)
         if planned is not None:
             stack.enter_context(out_of_memory.help(planned))
-        _adapt(model, module, settings, qat, shown)
+        adapt(model, kind_for(module, settings, qat), settings.seed, shown)
         stack.enter_context(training_mode(module, settings))
         training = _Tuning(model, module, tokenizer, examples, settings, qat, folder, samples, watch or ignore, shown)
         stack.enter_context(train_receipt(model, planned, training.optimizer_bytes))
@@ -99,57 +92,6 @@ def _loaded(source: str | Path, report: Report) -> Model:
     if str(source).lower() == BUILT_IN_SIZE:
         return load(BUILT_IN_SIZE, "float32", report=report)
     return load(source, "q4_0", engine="transformers", report=report)
-
-
-def adapted_model(model: Model) -> PeftModel:
-    """Return peft's own view of a model that `finetune` adapted, with `save_pretrained` and all else.
-
-    Raises:
-        BadSettingError: It is not adapted.
-    """
-    found = getattr(module_of(model), _ADAPTED, None)
-    if found is None:
-        raise BadSettingError(
-            "This model has no adapters.", "finetune puts them in.", "Call finetune(model, dataset) first."
-        )
-    return found[0]
-
-
-def forget(module: nn.Module) -> None:
-    """Take a model as one without adapters from now on."""
-    delattr(module, _ADAPTED)
-    if hasattr(module, "peft_config"):  # peft's own mark, which it warns of when it meets it again
-        del module.peft_config
-
-
-def _adapt(model: Model, module: nn.Module, settings: FinetuneSettings, qat: str | None, report: Report) -> None:
-    """Pack a model's linears if they are to be trained through the grid, and put adapters beside them, once."""
-    asked = {name: getattr(settings, name) for name in ("rank", "alpha", "targets")} | {"qat": qat}
-    if hasattr(module, _ADAPTED):
-        _check_same(getattr(module, _ADAPTED)[1], asked)
-        return
-    if qat and not any(isinstance(part, PackedLinear) for part in module.modules()):
-        pack(module, {} if _is_on_grid(module) else collect_importance(model, report=report), report)
-    module.requires_grad_(False)
-    adapted = add_adapters(module, rank=settings.rank, alpha=settings.alpha, targets=settings.targets,
-                           qat=qat is not None, seed=settings.seed)  # fmt: skip
-    if own_dtype(module) == torch.float16:
-        keep_sums_in_float32(module)
-    setattr(module, _ADAPTED, (adapted, asked))  # in a tuple: torch would take a module for a part of this one
-
-
-def _check_same(there: dict, asked: dict) -> None:
-    if differing := [name for name in asked if asked[name] != there[name]]:
-        raise BadSettingError(
-            f"This model has adapters already, with {', '.join(f'{name}={there[name]!r}' for name in differing)}.",
-            "They are trained on as they are.",
-            "Pass the same, call merge_adapters(model) first, or load the model again.",
-        )
-
-
-def _is_on_grid(module: nn.Module) -> bool:
-    name, weight = next(iter(linears(module).items()))
-    return q4_0_grid.quantize(weight.detach(), name)[1].share_on_grid > 0.5
 
 
 class _WithLoss(nn.Module):
@@ -206,7 +148,7 @@ class _Tuning(Training):
 
     def __init__(self, model, module, tokenizer, examples: Examples, settings, qat, folder, questions, watch, report):
         first = torch.tensor(examples.train[0].ids)
-        super().__init__(module, settings, mark=_fingerprint(module), asked={"data": examples.digest, "qat": qat},
+        super().__init__(module, settings, mark=fingerprint(module), asked={"data": examples.digest, "qat": qat},
                          window=first, folder=folder, watch=watch, report=report)  # fmt: skip
         self._model, self._examples, self._qat, self._questions = model, examples, qat, questions
         self._pad = tokenizer.pad_token_id or 0
@@ -260,13 +202,3 @@ class _Tuning(Training):
             reply = self._model.chat(question, temperature=0, max_new_tokens=_ANSWER_TOKENS)
         self.samples.append(Sample(step, question, reply.text))
         self.watch(self.samples[-1])
-
-
-def _fingerprint(module: nn.Module) -> str:
-    """Return what tells this model, before training, from every other."""
-    digest = hashlib.sha256()
-    for name, part in adapters(module).items():
-        base = part.base_layer.blocks if isinstance(part, GridLora) else part.base_layer.weight.detach()
-        sample = base.flatten()[:: max(1, base.numel() // 64)].float().cpu()
-        digest.update(f"{name} {tuple(base.shape)} {part.r}".encode() + sample.numpy().tobytes())
-    return digest.hexdigest()[:16]
