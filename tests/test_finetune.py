@@ -20,7 +20,7 @@ from gemma_qat_kit.testing import write_tiny_checkpoint
 ROWS = [{"question": f"the sky is {a}", "answer": f"blue and {b}"} for a in ("blue", "the", "user")
         for b in ("sky", "was", "model")]  # fmt: skip
 SETTINGS = {"num_steps": 6, "num_evaluations": 3, "batch_size": 2, "gradient_accumulation": 1, "sequence_length": 64,
-            "learning_rate": 1e-2, "rank": 4, "gradient_checkpointing": False, "checkpoint_every": 2}  # fmt: skip
+            "learning_rate": 5e-3, "rank": 4, "gradient_checkpointing": False, "checkpoint_every": 2}  # fmt: skip
 
 
 @pytest.fixture

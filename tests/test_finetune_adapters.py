@@ -8,7 +8,7 @@ import gemma_qat_kit as gqk
 from gemma_qat_kit.architectures import GEMMA_SIZES
 from gemma_qat_kit.engines.packed import PackedLinear, blocks_of
 from gemma_qat_kit.errors import BadSettingError
-from gemma_qat_kit.finetune.lora import ADAPTER, GridLora, PlainGridLora, adapters, add_adapters, find_linears
+from gemma_qat_kit.finetune.lora import ADAPTER, GridLora, PlainGridLora, _spread, adapters, add_adapters, find_linears
 from gemma_qat_kit.finetune.losses import chunked_cross_entropy
 from gemma_qat_kit.finetune.packed import pack
 from gemma_qat_kit.formats import q4_0
@@ -90,7 +90,10 @@ def test_the_grid_is_that_of_the_packed_weight_and_the_gradient_goes_straight_th
     inputs.grad = a.grad = b.grad = None
     adapted = weight + layer.scaling[ADAPTER] * b @ a
     step = scale.repeat_interleave(32, -1)
-    rounded = (adapted / step).round().clamp(-8, 7) * step
+    spread = _spread(0, 48, 64, "cpu") * 2.0**-32
+    assert spread.abs().max() <= 0.5
+    assert 0.28 < spread.std() < 0.30
+    rounded = (adapted / step + 0.999 * spread).round().clamp(-8, 7) * step
     out = torch.nn.functional.linear(inputs, adapted + (rounded - adapted).detach())
     (out * factor).sum().backward()
     for ours, theirs in zip(found, [out.detach(), inputs.grad, a.grad, b.grad], strict=True):
@@ -109,6 +112,23 @@ def test_an_adapter_that_is_zero_changes_nothing():
     layer.lora_B[ADAPTER].weight.data.zero_()
     assert torch.equal(layer(inputs), layer.base_layer(inputs))
     assert torch.equal(layer.merged_blocks(), layer.base_layer.blocks)
+
+
+def test_a_small_change_is_there_on_average():
+    """A tenth of a step, which plain rounding of weights on their grid would lose to the last one."""
+    layer = grid_layer(GridLora)
+    scale = q4_0.scales(layer.base_layer.blocks).abs().mean()
+    a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+    a.data.fill_(0.25)
+    b.data.copy_((0.1 * scale / layer.scaling[ADAPTER]).expand_as(b))
+    asked = layer.scaling[ADAPTER] * b @ a
+    weight = layer.base_layer.weight
+    moved = q4_0.dequantize(layer.merged_blocks()) - weight
+    steps = (moved / q4_0.scales(layer.base_layer.blocks).repeat_interleave(32, -1)).round()
+    assert set(steps.unique().tolist()) <= {-1, 0, 1}
+    assert moved.mean() == pytest.approx(asked.mean().item(), rel=0.1)
+    nearest = ((weight + asked) / q4_0.scales(layer.base_layer.blocks).repeat_interleave(32, -1)).round()
+    assert torch.equal(nearest.clamp(-8, 7), q4_0.unpack(layer.base_layer.blocks)[0].float())
 
 
 def test_without_the_grid_it_is_pefts_own_lora():

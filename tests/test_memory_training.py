@@ -36,7 +36,8 @@ if size == "smollm2-135m" and changes["task"] == "finetune":
         with measure_memory() as use:
             gqk.finetune(model, rows, settings=settings, report=lambda progress: None)
     planned = sum(part.nbytes for part in plan.placed if part.place == "ram" and not part.is_spare)
-    print(json.dumps({"planned": planned, "measured": use.peak.in_place("ram")}))
+    spare = sum(part.nbytes for part in plan.placed if part.place == "ram" and part.is_spare)
+    print(json.dumps({"planned": planned, "measured": use.peak.in_place("ram"), "spare": spare}))
     sys.exit()
 plan = plan_for(MemorySettings(size, format, "transformers", "cpu", **changes))
 with load(source, format, context_length=512, device="cpu", report=lambda progress: None) as model:
@@ -68,4 +69,5 @@ def test_the_peak_of_training_is_within_ten_percent_of_the_plan(size, format, ch
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["planned"] == pytest.approx(found["measured"], rel=0.1)
+    spare = found.get("spare", 0)  # what a step freed and the next one may use again
+    assert 0.9 * found["planned"] < found["measured"] < 1.1 * (found["planned"] + spare), found

@@ -4,11 +4,15 @@ A frozen weight needs no gradient, so the backward pass needs the weight again a
 second time instead of being kept, and one layer's numbers are in memory at a time.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
 from gemma_qat_kit.formats import q4_0, q4_0_grid, q4_0_importance
 from gemma_qat_kit.formats.blocks import Blocks
+from gemma_qat_kit.memory.settings import SMALL_WEIGHTS
 
 EXPERTS = ("gate_up_proj", "down_proj")
 
@@ -24,7 +28,7 @@ class PackedLinear(nn.Linear):
     def __init__(self, blocks: torch.Tensor, dtype: torch.dtype):
         nn.Module.__init__(self)  # not that of nn.Linear, which makes a weight
         self.out_features, self.in_features = len(blocks), _width(blocks)
-        self.dtype, self.bias = dtype, None
+        self.dtype, self.bias, self.held = dtype, None, None
         self.register_buffer("blocks", blocks, persistent=False)
 
     @property
@@ -37,8 +41,14 @@ class PackedLinear(nn.Linear):
         """The blocks as `export_gguf` looks for them."""
         return {"weight": Blocks("Q4_0", (self.out_features, self.in_features), self.blocks)}
 
+    def values(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return what the blocks stand for, (out, in)."""
+        return q4_0.dequantize(self.blocks, dtype)
+
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Return inputs (..., in) times the weight, (..., out)."""
+        if self.held is not None:
+            return product_with_held(self, inputs)
         return _Product.apply(inputs, self.blocks)
 
 
@@ -98,6 +108,36 @@ class _Product(torch.autograd.Function):
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         (blocks,) = ctx.saved_tensors
         return (gradient @ q4_0.dequantize(blocks, gradient.dtype)).to(ctx.dtype), None
+
+
+@contextmanager
+def holding_values(module: nn.Module) -> Iterator[None]:
+    """Take the weights of a small model out of their blocks once, not at each product, until the block ends.
+
+    An answer needs every weight again for each of its tokens. Nothing may be trained meanwhile.
+    """
+    parts = [part for part in module.modules() if hasattr(part, "held")] if is_small(module) else []
+    try:
+        for part in parts:
+            part.held = {}
+        yield
+    finally:
+        for part in parts:
+            part.held = None
+
+
+def is_small(module: nn.Module) -> bool:
+    """Tell whether the values of all blocks may be in memory at once: `memory.settings.SMALL_WEIGHTS`."""
+    blocks = (part.blocks.numel() for part in module.modules() if isinstance(part, PackedLinear))
+    return sum(blocks) // q4_0.GROUP_BYTES * q4_0.GROUP_SIZE <= SMALL_WEIGHTS
+
+
+def product_with_held(part, inputs: torch.Tensor) -> torch.Tensor:
+    """Return inputs times the values of a linear, which are computed at its first use in a dtype."""
+    inputs = as_computed(inputs)
+    if inputs.dtype not in part.held:
+        part.held[inputs.dtype] = part.values(inputs.dtype)
+    return nn.functional.linear(inputs, part.held[inputs.dtype])
 
 
 def as_computed(inputs: torch.Tensor) -> torch.Tensor:

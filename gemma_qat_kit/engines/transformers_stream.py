@@ -4,6 +4,7 @@ import queue
 import threading
 from collections.abc import Iterator
 
+from gemma_qat_kit.engines.packed import holding_values
 from gemma_qat_kit.generation import Delta, Finish, Settings
 from gemma_qat_kit.memory.work import PREFILL_CHUNK
 
@@ -41,7 +42,7 @@ class GenerateStream:
         if settings.temperature > 0:
             sampling = {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p,
                         "top_k": settings.top_k}  # fmt: skip
-        with torch.inference_mode():
+        with torch.inference_mode(), holding_values(model):
             model.generate(
                 **self._inputs,
                 **sampling,

@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+from torch import nn
+
 from gemma_qat_kit.catalog import BUILT_IN_SIZE
 from gemma_qat_kit.environment import free_memory
 from gemma_qat_kit.finetune.losses import CHUNK
@@ -45,6 +47,18 @@ def memory_settings(
     )
 
 
+def has_room(module: nn.Module, planned: MemorySettings | None) -> bool:
+    """Tell whether a CPU can keep what a step frees for the next one, as much as a step takes."""
+    if module.device.type != "cpu" or planned is None:
+        return False
+    return 2 * _work(planned) < _ROOM * (free_memory()[0] or 0)
+
+
+def _work(planned: MemorySettings) -> int:
+    """Return the bytes that training takes beside the weights."""
+    return sum(p.nbytes for p in plan_for(planned).placed if p.name not in WEIGHTS and p.place == planned.place)
+
+
 def fitting_settings(model: Model, qat: str | None, longest: int) -> FinetuneSettings:
     """Return the fastest settings whose plan fits what is free now; those that take least where nothing is known.
 
@@ -60,7 +74,6 @@ def fitting_settings(model: Model, qat: str | None, longest: int) -> FinetuneSet
         if planned is None:
             break
         free = gpu.free_bytes if planned.device == "cuda" and gpu else ram
-        work = sum(p.nbytes for p in plan_for(planned).placed if p.name not in WEIGHTS and p.place == planned.place)
-        if free is not None and work < _ROOM * free:
+        if free is not None and _work(planned) < _ROOM * free:
             return settings
     return FinetuneSettings()

@@ -1,5 +1,6 @@
 """`finetune`: adapters on packed weights, trained on the assistant's turns of conversations."""
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -9,11 +10,13 @@ from torch import nn
 
 from gemma_qat_kit import out_of_memory
 from gemma_qat_kit.catalog import BUILT_IN_SIZE
+from gemma_qat_kit.engines.allocator import keeping_freed_memory
+from gemma_qat_kit.engines.packed import holding_values
 from gemma_qat_kit.errors import unknown_name
 from gemma_qat_kit.finetune.adapted import adapt, fingerprint, kind_for
 from gemma_qat_kit.finetune.conversations import read_conversations
 from gemma_qat_kit.finetune.examples import IGNORED, Batch, Examples, make_batch, make_examples
-from gemma_qat_kit.finetune.fitting import fitting_settings, memory_settings
+from gemma_qat_kit.finetune.fitting import fitting_settings, has_room, memory_settings
 from gemma_qat_kit.finetune.lora import adapters
 from gemma_qat_kit.finetune.losses import chunked_cross_entropy
 from gemma_qat_kit.finetune.run import FinetuneRun, Sample, TuneEvaluation
@@ -31,6 +34,7 @@ from gemma_qat_kit.recording import train_receipt
 QAT_CHOICES = ("q4_0", None)
 Watch = Callable[[Step | TuneEvaluation | Sample], None]
 _ANSWER_TOKENS = 60
+_WIDTH = 1024  # of the network that `FinetuneSettings.learning_rate` is said for
 
 
 def finetune(
@@ -83,6 +87,8 @@ def finetune(
             stack.enter_context(out_of_memory.help(planned))
         adapt(model, kind_for(module, settings, qat), settings.seed, shown)
         stack.enter_context(training_mode(module, settings))
+        if has_room(module, planned):
+            stack.enter_context(keeping_freed_memory())
         training = _Tuning(model, module, tokenizer, examples, settings, qat, folder, samples, watch or ignore, shown)
         stack.enter_context(train_receipt(model, planned, training.optimizer_bytes))
         return training.result(model.name, training.train())
@@ -94,7 +100,7 @@ def _loaded(source: str | Path, report: Report) -> Model:
     return load(source, "q4_0", engine="transformers", report=report)
 
 
-class _WithLoss(nn.Module):
+class WithLoss(nn.Module):
     """A causal language model whose output is its mean surprise at what a batch asks for."""
 
     def __init__(self, module: nn.Module):
@@ -152,9 +158,11 @@ class _Tuning(Training):
                          window=first, folder=folder, watch=watch, report=report)  # fmt: skip
         self._model, self._examples, self._qat, self._questions = model, examples, qat, questions
         self._pad = tokenizer.pad_token_id or 0
-        self._with_loss = _WithLoss(module)
+        self._with_loss = WithLoss(module)
         self.objective, self.batches = _TheAnswers(), _Conversations(examples, settings, self._pad)
-        group = {"params": list(trained(module).values()), "full_rate": settings.learning_rate}
+        width = module.config.get_text_config().hidden_size
+        rate = settings.learning_rate * math.sqrt(_WIDTH / width)
+        group = {"params": list(trained(module).values()), "full_rate": rate}
         self.optimizer = torch.optim.AdamW([group], lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
         self.samples: list[Sample] = []
 
@@ -168,7 +176,7 @@ class _Tuning(Training):
     def measure(self, step: int) -> TuneEvaluation:
         """Measure the held-out conversations, of a small dataset the first ones that are learnt; and ask."""
         measured, total, count = self._examples.held_out or self._examples.train[:8], 0.0, 0
-        with torch.no_grad(), evaluating(self.module), self.autocast():
+        with torch.no_grad(), evaluating(self.module), self.autocast(), holding_values(self.module):
             for example in measured:
                 batch = make_batch([example], self._pad, self.module.device)
                 total, count = total + self._with_loss(batch).item() * batch.num_learnt, count + batch.num_learnt

@@ -18,6 +18,9 @@ ENGINES = ("llama_cpp", "transformers")
 TEACHERS = ("memory", "cache", "none")
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
+SMALL_WEIGHTS = 2**28
+"""Weights in Q4_0 blocks whose values may all be in memory at once: those of the built-in model, not of a Gemma."""
+
 
 @dataclass(frozen=True)
 class MemorySettings:

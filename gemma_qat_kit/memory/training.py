@@ -16,7 +16,7 @@ from gemma_qat_kit.memory.parts import (
     Part,
     merged,
 )
-from gemma_qat_kit.memory.settings import OPTIMIZERS, MemorySettings
+from gemma_qat_kit.memory.settings import OPTIMIZERS, SMALL_WEIGHTS, MemorySettings
 
 _LOSS_BYTES = 12  # per logit: in float32 itself, its log-probability and its gradient
 FLOAT32 = 4
@@ -27,7 +27,7 @@ _ADAPTED_BYTES = 16  # of each of them: blocks as float32, with the adapter, on 
 def training_parts(settings: MemorySettings) -> list[Part]:
     """Return adapters, gradients, optimizer, activations and logits at the peak of a training step.
 
-    QAT on a CPU with room to spare keeps what a step has freed for the next one (`engines.allocator`): with SmolLM2 and
+    A CPU with room to spare keeps what a step has freed for the next one (`engines.allocator`): with QAT of SmolLM2 and
     72 steps of 512 tokens that was 1.4 GiB, as much as activations and logits take.
     """
     place, network = settings.place, find_network(settings)
@@ -48,7 +48,7 @@ def training_parts(settings: MemorySettings) -> list[Part]:
     if place == "ram":  # a CPU's kernels pack the head's matrix anew before they multiply with it
         parts[ACTIVATIONS] += compute_bytes(settings) * network.vocab * network.hidden
     found = [Part(name, nbytes, place) for name, nbytes in parts.items()] + _teacher_parts(settings, trained)
-    if settings.task == "qat" and place == "ram":
+    if place == "ram":
         found.append(Part(ACTIVATIONS, parts[ACTIVATIONS] + parts[LOGITS], place, is_spare=True))
     return found
 
@@ -120,7 +120,14 @@ def layer_bytes(network: Network, layer: Layer, settings: MemorySettings) -> int
     mask = value * length if network.is_gemma else 0
     copies = _adapter_inputs(network, layer, settings) if value < FLOAT32 else 0
     total = (norms + inputs + mlp + attention + mask + copies) * settings.batch_size * length
-    return total + (_fake_quantized_bytes(network, layer) if settings.task == "qat" else 0)
+    keeps_values = settings.task == "qat" or _is_small(network, settings)
+    return total + (_fake_quantized_bytes(network, layer) if keeps_values else 0)
+
+
+def _is_small(network: Network, settings: MemorySettings) -> bool:
+    """Tell whether the backward pass finds the values of a packed model's weights still there."""
+    shapes = (shape for layer in network.layers for shape in linears(network, layer).values())
+    return settings.is_packed and sum(out * into for out, into in shapes) <= SMALL_WEIGHTS
 
 
 def _adapter_inputs(network: Network, layer: Layer, settings: MemorySettings) -> int:
