@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 from gemma_qat_kit.catalog import FORMAT_COLOURS
+from gemma_qat_kit.finetune.run import TuneEvaluation
 from gemma_qat_kit.qat.evaluation import Evaluation, Lines
 from gemma_qat_kit.qat.run import Step
 from gemma_qat_kit.widgets.look import escape
@@ -18,8 +19,8 @@ _MOST_DRAWN = 300  # steps of a longer run are drawn as means
 def charts_html(
     steps: Sequence[Step],
     lines: Lines | None,
-    evaluations: Sequence[Evaluation],
-    best: Evaluation | None,
+    evaluations: Sequence[Evaluation | TuneEvaluation],
+    best: Evaluation | TuneEvaluation | None,
     num_steps: int,
     loss: str,
     colour: str = FORMAT_COLOURS["q4_0"],
@@ -28,7 +29,7 @@ def charts_html(
 
     Args:
         steps: Those that were made.
-        lines: What training moves between; None while nobody knows.
+        lines: What training moves between; None while nobody knows, and where there is nothing.
         evaluations: Looks at the held-out text.
         best: The one that is kept.
         num_steps: Steps that are to be made.
@@ -63,10 +64,12 @@ def _loss_svg(steps: Sequence[Step], num_steps: int, title: str, colour: str) ->
 
 def _held_out_svg(lines, evaluations, best, num_steps: int, colour: str) -> str:
     title = "Perplexity of held-out text"
-    if lines is None:
+    if lines is None and not evaluations:
         axes = _Axes(num_steps, 0, 1, WIDTH - _RIGHT_OF_LABELS)
         return _svg(title, f"{title}: nothing is measured yet", axes.drawn([]))
-    known = [("float", lines.float_nats, "currentColor"), ("PTQ", lines.plain.nats, FORMAT_COLOURS["q4_0-naive"])]
+    known = []
+    if lines is not None:
+        known += [("float", lines.float_nats, "currentColor"), ("PTQ", lines.plain.nats, FORMAT_COLOURS["q4_0-naive"])]
     nats = [value for _, value, _ in known] + [each.nats for each in evaluations]
     margin = 0.12 * (max(nats) - min(nats)) or 0.05
     axes = _Axes(num_steps, min(nats) - margin, max(nats) + margin, WIDTH - _RIGHT_OF_LABELS)
