@@ -9,7 +9,7 @@ from gemma_qat_kit.environment import free_memory
 from gemma_qat_kit.finetune.losses import CHUNK
 from gemma_qat_kit.finetune.settings import FinetuneSettings
 from gemma_qat_kit.memory.parts import WEIGHTS
-from gemma_qat_kit.memory.plan import plan_for
+from gemma_qat_kit.memory.plan import MemoryPlan, plan_for
 from gemma_qat_kit.memory.settings import MemorySettings
 from gemma_qat_kit.model import Model
 from gemma_qat_kit.recording import settings_of
@@ -33,18 +33,45 @@ def memory_settings(
     """
     known = settings_of(model)
     is_packed = qat is not None and model.size != BUILT_IN_SIZE  # as the plan takes that one to be in any case
-    return known and replace(
-        known,
-        task="finetune",
-        format="q4_0" if is_packed else known.format,
-        batch_size=settings.batch_size,
-        sequence_length=min(settings.sequence_length, longest or settings.sequence_length),
-        gradient_accumulation=settings.gradient_accumulation,
-        gradient_checkpointing=settings.gradient_checkpointing,
-        lora_rank=settings.rank,
-        lora_targets=settings.targets,
-        logits_chunk_length=CHUNK,
-    )
+    format = "q4_0" if is_packed else known and known.format
+    return known and replace(known, format=format, **_wanted(settings, longest))
+
+
+def plan_run(model: Model | str, settings: FinetuneSettings, qat: str | None) -> tuple[MemoryPlan | None, int | None]:
+    """Return the plan of a run and the bytes that are there for it, each None where nobody knows.
+
+    Args:
+        model: A loaded model, whose weights count as there; or a size that is not loaded yet.
+        settings: Of the run.
+        qat: As in `finetune`.
+    """
+    ram, gpu = free_memory()
+    if isinstance(model, str):
+        format = "float32" if model == BUILT_IN_SIZE else "q4_0"
+        device = "cuda" if gpu else "cpu"
+        wanted = _wanted(settings, None) | {"format": format, "engine": "transformers", "device": device}
+        plan = plan_for(MemorySettings(size=model, **wanted))
+    else:
+        wanted = memory_settings(model, settings, qat)
+        plan = wanted and plan_for(wanted)
+    free = gpu.free_bytes if plan and plan.settings.device == "cuda" and gpu else ram
+    if plan and not isinstance(model, str) and free:
+        free += sum(p.nbytes for p in plan.placed if p.name in WEIGHTS and p.place == plan.settings.place)
+    return plan, free
+
+
+def _wanted(settings: FinetuneSettings, longest: int | None) -> dict:
+    """Return what a plan takes from the settings of a run."""
+    return {
+        "task": "finetune",
+        "batch_size": settings.batch_size,
+        "sequence_length": min(settings.sequence_length, longest or settings.sequence_length),
+        "gradient_accumulation": settings.gradient_accumulation,
+        "gradient_checkpointing": settings.gradient_checkpointing,
+        "lora_rank": settings.rank,
+        "lora_targets": settings.targets,
+        "logits_chunk_length": CHUNK,
+    }
 
 
 def has_room(module: nn.Module, planned: MemorySettings | None) -> bool:

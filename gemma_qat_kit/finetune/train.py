@@ -78,7 +78,7 @@ def finetune(
     conversations = read_conversations(dataset)
     with ExitStack() as stack:
         shown = shown_report(report, stack)
-        model = _loaded(model, shown) if isinstance(model, str | Path) else model
+        model = loaded_for_tuning(model, shown) if isinstance(model, str | Path) else model
         module, tokenizer = module_of(model), model.hf[1]
         examples = make_examples(conversations, tokenizer, (settings or FinetuneSettings()).sequence_length)
         settings = settings or fitting_settings(model, qat, examples.longest)
@@ -94,7 +94,8 @@ def finetune(
         return training.result(model.name, training.train())
 
 
-def _loaded(source: str | Path, report: Report) -> Model:
+def loaded_for_tuning(source: str | Path, report: Report) -> Model:
+    """Load a size or a path as `finetune` has it: in Q4_0 blocks, the built-in model in floats, which are packed."""
     if str(source).lower() == BUILT_IN_SIZE:
         return load(BUILT_IN_SIZE, "float32", report=report)
     return load(source, "q4_0", engine="transformers", report=report)

@@ -8,6 +8,7 @@ import importlib
 _MODULES = {
     "BitExplorer": "bit_explorer",
     "ChatPanel": "chat_panel",
+    "FinetunePanel": "finetune_panel",
     "MemoryChart": "memory_chart",
     "MemoryPanel": "memory_panel",
     "OutOfMemoryPanel": "out_of_memory_panel",
