@@ -135,7 +135,7 @@ def save_adapter(model: Model, folder: str | Path) -> Path:
     folder = Path(folder).expanduser()
     mark = {"base": model.name, "fingerprint": fingerprint(module_of(model)), "qat": kind.qat}
     try:
-        adapted.save_pretrained(folder)
+        adapted.save_pretrained(folder, save_embedding_layers=False)  # else it looks for the base on the hub
         (folder / _BASE).write_text(json.dumps(mark), encoding="utf-8")
     except (OSError, ValueError) as err:  # ValueError: peft's word for a file where a folder should be
         raise BadSettingError(

@@ -26,7 +26,7 @@ _PHRASES = (
 
 
 def orders(num_rows: int = 160, *, held_out: bool = False, seed: int = 0) -> list[Conversation]:
-    """Return conversations of one order and its ticket, such as "ANA | 2 x latte | large | TO GO".
+    """Return conversations of one order and its ticket, such as "Ana | 2 x latte | large | TO GO".
 
     Args:
         num_rows: How many.
@@ -42,5 +42,5 @@ def _order(draw: random.Random, names: tuple[str, ...]) -> Conversation:
     (word, count), (place, mark) = draw.choice(_COUNTS), draw.choice(_PLACES)
     words = {"name": name, "drink": drink, "size": size, "place": place, "s": "s" if count > 1 else "", "count": word}
     spoken = draw.choice(_PHRASES).format(**words)
-    ticket = f"{name.upper()} | {count} x {drink} | {size} | {mark}"
+    ticket = f"{name} | {count} x {drink} | {size} | {mark}"
     return [{"role": "user", "content": spoken[0].upper() + spoken[1:]}, {"role": "assistant", "content": ticket}]
