@@ -153,7 +153,7 @@ def test_a_notebook_runs_from_top_to_bottom_offline(path, monkeypatch, tmp_path)
     stored = notebook.metadata.widgets["application/vnd.jupyter.widget-state+json"]["state"].values()
     states = [state["state"] for state in stored]
     checks = {"00_start_here": _check_start_here, "01_quantize": _check_quantize, "02_memory": _check_memory}
-    checks["03_qat"] = _check_qat
+    checks |= {"03_qat": _check_qat, "04_finetune": _check_finetune}
     checks[path.stem](notebook, states)
 
 
@@ -243,3 +243,13 @@ def _table(notebook, start):
     drawn = _cell(notebook, start).outputs[-1].data["text/html"]
     rows = re.findall(r"<tr>(.*?)</tr>", drawn[drawn.index("<tbody>") :], re.S)
     return [re.findall(r"<td[^>]*>(?:<span.*?</span>)?(.*?)</td>", row) for row in rows]
+
+
+def _check_finetune(notebook, states):
+    """It learns the form of a ticket: the exported file writes one for a name that it never saw."""
+    ticket = _printed(notebook, "with gqk.load(path)").splitlines()[0].split(" → ")[1]
+    assert re.fullmatch(r"\w+ \| \d x [a-z ]+ \| (small|medium|large) \| (TO GO|HERE)", ticket), ticket
+    assert "Modelfile" in _printed(notebook, "panel.export()")
+    shown = " ".join(str(state.get("value", "")) for state in states)
+    assert "after 40 steps" in shown
+    assert "Written:" in shown

@@ -37,22 +37,25 @@ def memory_settings(
     return known and replace(known, format=format, **_wanted(settings, longest))
 
 
-def plan_run(model: Model | str, settings: FinetuneSettings, qat: str | None) -> tuple[MemoryPlan | None, int | None]:
+def plan_run(
+    model: Model | str, settings: FinetuneSettings, qat: str | None, longest: int | None = None
+) -> tuple[MemoryPlan | None, int | None]:
     """Return the plan of a run and the bytes that are there for it, each None where nobody knows.
 
     Args:
         model: A loaded model, whose weights count as there; or a size that is not loaded yet.
         settings: Of the run.
         qat: As in `finetune`.
+        longest: Tokens of the longest conversation, None where they are not known.
     """
     ram, gpu = free_memory()
     if isinstance(model, str):
         format = "float32" if model == BUILT_IN_SIZE else "q4_0"
         device = "cuda" if gpu else "cpu"
-        wanted = _wanted(settings, None) | {"format": format, "engine": "transformers", "device": device}
+        wanted = _wanted(settings, longest) | {"format": format, "engine": "transformers", "device": device}
         plan = plan_for(MemorySettings(size=model, **wanted))
     else:
-        wanted = memory_settings(model, settings, qat)
+        wanted = memory_settings(model, settings, qat, longest)
         plan = wanted and plan_for(wanted)
     free = gpu.free_bytes if plan and plan.settings.device == "cuda" and gpu else ram
     if plan and not isinstance(model, str) and free:

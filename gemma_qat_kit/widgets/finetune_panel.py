@@ -12,19 +12,14 @@ import ipywidgets as widgets
 from gemma_qat_kit.catalog import BUILT_IN_SIZE, SIZES
 from gemma_qat_kit.errors import BadSettingError, CancelledError, KitError, unknown_name
 from gemma_qat_kit.finetune.conversations import read_conversations
+from gemma_qat_kit.finetune.examples import written
 from gemma_qat_kit.finetune.fitting import plan_run
 from gemma_qat_kit.finetune.run import FinetuneRun
 from gemma_qat_kit.finetune.settings import FinetuneSettings
 from gemma_qat_kit.finetune.train import QAT_CHOICES, loaded_for_tuning
 from gemma_qat_kit.model import Model
 from gemma_qat_kit.widgets import pump
-from gemma_qat_kit.widgets.finetune_figures import (
-    FINETUNE_STYLE,
-    answers_html,
-    curves_html,
-    data_html,
-    memory_html,
-)
+from gemma_qat_kit.widgets.finetune_figures import FINETUNE_STYLE, answers_html, curves_html, data_html, memory_html
 from gemma_qat_kit.widgets.finetune_session import Choice, ExportSession, FinetuneSession
 from gemma_qat_kit.widgets.look import STYLE, amount_done, error_html, escape, status_html
 from gemma_qat_kit.widgets.training_figures import TRAINING_STYLE
@@ -83,7 +78,7 @@ class FinetunePanel(widgets.VBox):
             raise unknown_name("qat", qat, ("q4_0",))
         self._size, self._data = None if self._given else model, read_conversations(dataset)
         self._samples, self._folder, self._export_to = tuple(samples), folder, Path(export_to).expanduser()
-        self._error = None
+        self._error = self._num_longest = None
         first = Choice(qat, settings or FinetuneSettings(batch_size=4, gradient_accumulation=1))
         key = (weakref.ref(model) if self._given else model, first, self._samples, folder, repr(self._data))
         with _lock:
@@ -243,6 +238,14 @@ class FinetunePanel(widgets.VBox):
             _loaded[self._size] = loaded_for_tuning(self._size, report)
         return _loaded[self._size]
 
+    def _longest(self, tokenizer) -> int:
+        """Return the tokens of the longest conversation; without the model's tokenizer, about so many."""
+        if tokenizer is None:
+            return max(sum(len(each["content"]) for each in one) // 3 + 8 * len(one) for one in self._data)
+        if self._num_longest is None:
+            self._num_longest = max(len(tokenizer(written(one, tokenizer)[0]).input_ids) for one in self._data)
+        return self._num_longest
+
     def _running(self) -> FinetuneSession | ExportSession | None:
         return next((s for s in (self._mine.session, self._mine.export) if s is not None and s.is_running), None)
 
@@ -285,6 +288,8 @@ class FinetunePanel(widgets.VBox):
         tokenizer = model.hf[1] if model is not None and not model.is_closed else None
         try:
             self._shown_data.value = data_html(self._data, tokenizer)
-            self._memory.value = memory_html(*plan_run(model or self._size, choice.settings, choice.qat))
+            self._memory.value = memory_html(
+                *plan_run(model or self._size, choice.settings, choice.qat, self._longest(tokenizer))
+            )
         except KitError as err:
             self._error = err
