@@ -133,8 +133,12 @@ def _run_set_up(notebook, monkeypatch, variables):
     return installed
 
 
+# Beside other releases the last one would cost minutes and show no more than its panel's own tests.
+RUN = [path for path in NOTEBOOKS if not os.environ.get("GQK_OVERLAY") or path.stem != "04_finetune"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RUN, ids=lambda path: path.stem)
 def test_a_notebook_runs_from_top_to_bottom_offline(path, monkeypatch, tmp_path):
     from nbclient import NotebookClient
 
@@ -143,6 +147,9 @@ def test_a_notebook_runs_from_top_to_bottom_offline(path, monkeypatch, tmp_path)
     monkeypatch.setenv("GQK_RECEIPTS", str(tmp_path / "receipts.jsonl"))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(ROOT)]).strip(os.pathsep))
     notebook = _read(path)
+    if path.stem == "04_finetune":  # half of the steps: enough for the form of a ticket
+        settings = next(cell for cell in notebook.cells if cell.source.startswith("SIZE"))
+        settings.source = settings.source.replace("STEPS = 40", "STEPS = 20")
     notebook.cells.append(nbformat.v4.new_code_cell(WHICH_WIDGETS))
     NotebookClient(
         notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": path.parent}}
@@ -251,5 +258,5 @@ def _check_finetune(notebook, states):
     assert re.fullmatch(r"\w+ \| \d x [a-z ]+ \| (small|medium|large) \| (TO GO|HERE)", ticket), ticket
     assert "Modelfile" in _printed(notebook, "panel.export()")
     shown = " ".join(str(state.get("value", "")) for state in states)
-    assert "after 40 steps" in shown
+    assert "after 20 steps" in shown
     assert "Written:" in shown

@@ -47,7 +47,7 @@ def _marked(text: str, spans: list[tuple[int, int]]) -> str:
 def memory_html(plan: MemoryPlan | None, free: int | None) -> str:
     """Draw what a run will take beside what is there."""
     if plan is None:
-        return '<div class="gqk-text gqk-quiet">Nobody has planned the memory of this model.</div>'
+        return '<div class="gqk-text gqk-quiet">This model is not in the catalog, so its memory is not planned.</div>'
     place = "gpu" if plan.settings.device == "cuda" else "ram"
     needed, name = plan.needed[place], "GPU memory" if place == "gpu" else "memory"
     if not free:

@@ -154,7 +154,7 @@ class FinetunePanel(widgets.VBox):
         named, narrow = {"description_width": "110px"}, {"width": "210px"}
         self._qat = widgets.Dropdown(options=_GRIDS, value=start.qat, description="Adapters", style=named,
                                      layout={"width": "420px", "max_width": "100%"})  # fmt: skip
-        numbers = (("num_steps", "Steps", 10**6), ("batch_size", "At once", 4096), ("rank", "Rank", 4096))
+        numbers = (("num_steps", "Steps", 10**6), ("batch_size", "Batch size", 4096), ("rank", "Rank", 4096))
         self._numbers = {name: widgets.BoundedIntText(value=getattr(start.settings, name), min=1, max=most,
                                                       description=words, layout=narrow, style=named)
                          for name, words, most in numbers}  # fmt: skip
