@@ -107,6 +107,8 @@ class WithLoss(nn.Module):
     def __init__(self, module: nn.Module):
         super().__init__()
         self.module = module
+        # Several processes hold the same blocks; torch would send all of them around before each step.
+        self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
         self._softcap = getattr(module.config.get_text_config(), "final_logit_softcapping", None)
 
     def forward(self, batch: Batch) -> torch.Tensor:
