@@ -164,6 +164,16 @@ def test_what_is_not_adapted_has_nothing_to_save(tiny, tmp_path):
             gqk.export_adapter(model, tmp_path / "file")
 
 
+def test_nf4_is_trained_and_not_merged(tiny, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    with gqk.load(str(tiny("12B", "bf16")), "nf4", device="cpu", report=quiet) as model:
+        tune(model, None)
+        gqk.save_adapter(model, tmp_path)
+        with pytest.raises(BadSettingError, match="held by bitsandbytes"):
+            gqk.merge_adapters(model)
+        assert adapters(model.hf[0])
+
+
 def test_an_adapter_is_for_llama_cpp(tiny, tmp_path):
     with pytest.raises(BadSettingError, match="is no file"):
         gqk.load(tiny("E2B", "q4_0"), adapter=tmp_path / "none.gguf")

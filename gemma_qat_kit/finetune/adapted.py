@@ -225,10 +225,19 @@ def merge_adapters(model: Model) -> None:
         model: One that `finetune` adapted.
 
     Raises:
-        BadSettingError: It is not adapted.
+        BadSettingError: It is not adapted, or its weights are held by bitsandbytes.
     """
     _found(model)
-    for part in adapters(module_of(model)).values():
+    parts = adapters(module_of(model))
+    if packed := [
+        n for n, p in parts.items() if not (isinstance(p, GridLora) or p.base_layer.weight.is_floating_point())
+    ]:
+        raise BadSettingError(
+            f"{packed[0]} is held by bitsandbytes in a format that no sum can be put into.",
+            "Adapters on nf4 and int8 stay beside the weights: save_adapter and export_adapter keep them.",
+            'Fine-tune the q4_0 checkpoint for a merged file: gqk.load(size, "q4_0", engine="transformers").',
+        )
+    for part in parts.values():
         if not isinstance(part, GridLora):
             part.merge()
     _take_out(model, is_merged=True)
