@@ -27,7 +27,7 @@ from gemma_qat_kit.finetune.train import WithLoss
 from gemma_qat_kit.quality.post_training import quantized_weights
 
 WAYS = ("qat", "packed", "float")
-HELD_OUT = orders(40, held_out=True)
+HELD_OUT = orders(20, held_out=True)
 
 
 def quiet(progress) -> None:

@@ -1,9 +1,11 @@
 """FinetunePanel in a real browser on a tiny Gemma: started, paused, resumed, stopped, exported, and looked at."""
 
+import os
 import re
+from pathlib import Path
 
 import pytest
-from lab import CHROMIUM, notebook_page, photograph, run_cells, run_code
+from lab import CHROMIUM, ROOT, notebook_page, photograph, run_cells, run_code
 
 pytestmark = [
     pytest.mark.browser,
@@ -21,6 +23,12 @@ settings = gqk.FinetuneSettings(2000, 2, gradient_accumulation=1, rank=4, num_ev
 panel = widgets.FinetunePanel(model, orders(40), settings=settings, samples=["Two teas to go for Ana."],
                               export_to="{folder}")
 panel
+"""
+
+REAL = """
+settings = gqk.FinetuneSettings(40, 4, gradient_accumulation=1, gradient_checkpointing=False, num_evaluations=5)
+widgets.FinetunePanel("smollm2-135m", orders(160), settings=settings,
+                      samples=[row[0]["content"] for row in orders(2, held_out=True)])
 """
 
 
@@ -64,6 +72,20 @@ def test_start_pause_resume_stop_export(page, panel):
     panel.locator(".gqk-tune-export").click()
     _wait_for_status(panel, "tuned-q4_0.gguf, with the adapter")
     assert re.search(r"best [\d.]+", panel.locator(".gqk-train-charts > svg").nth(1).text_content())
+
+
+def test_the_picture_of_the_readme_can_be_drawn_again(page, panel, tmp_path):
+    folder = ROOT / "docs" if os.environ.get("GQK_PICTURES") else Path(os.environ.get("GQK_SCREENSHOTS") or tmp_path)
+    if os.environ.get("GQK_PICTURES"):  # minutes: the built-in model learns to write tickets
+        run_code(page, REAL)
+        panel = page.locator(".gqk-tune").last
+        panel.locator(".gqk-tune-start").click()
+        panel.locator(".gqk-tune-status :text('The model is at its best point')").wait_for(timeout=1_800_000)
+    page.set_viewport_size({"width": 1120, "height": 1400})
+    page.mouse.move(0, 0)
+    page.wait_for_timeout(500)
+    panel.screenshot(path=folder / "finetune_panel.png")
+    assert (folder / "finetune_panel.png").stat().st_size < 150_000
 
 
 def test_the_panel_reads_well_in_the_dark_and_on_a_phone(page, tmp_path):
