@@ -6,7 +6,7 @@ NOTEBOOK ?= notebooks/00_start_here.ipynb
 JUPYTER_ARGS ?=
 OPENED = --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/$(NOTEBOOK)
 AS_ROOT = $(if $(filter 0,$(shell id -u)),--allow-root)
-LOADERS = $(wildcard tests/test_load*.py tests/test_engine*.py tests/test_per_layer_table.py)
+LOADERS = test_load test_load_refusals test_load_chat test_engine_parts test_per_layer_table test_packed
 ON_COLAB = test_widgets test_picker test_chat_panel test_bit_explorer test_quantize_panel test_memory_panel \
 	test_memory_chart test_out_of_memory_panel test_training_panel test_finetune_panel test_notebooks
 # An activated environment would come before the overlays: IPython 7 puts it first on the path.
@@ -28,9 +28,10 @@ test: python
 # Two test processes at a time, each on one core: threads that wait for each other on the same core make all slower.
 # The same tests with other releases installed over the usual ones:
 overlay/transformers-%: FILES = $(LOADERS)
-overlay/colab: FILES = $(ON_COLAB:%=tests/%.py)
+overlay/transformers-5.15.0: FILES = $(LOADERS) test_load_built_in
+overlay/colab: FILES = $(ON_COLAB)
 overlay/%:
-	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/.overlays/$* GQK_OVERLAY=$* .venv/bin/python -m pytest tests/test_overlays.py $(FILES)
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/.overlays/$* GQK_OVERLAY=$* .venv/bin/python -m pytest tests/test_overlays.py $(FILES:%=tests/%.py)
 
 # Back to a fresh clone: removes what the two commands above installed.
 clean:
