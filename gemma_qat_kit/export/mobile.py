@@ -35,7 +35,7 @@ def export_mobile(model, folder: str | Path, *, overwrite: bool = False) -> Path
     """
     module, folder = module_of(model), Path(folder).expanduser()
     ships = stored(module)
-    bits, is_q4_0 = _bits(module), any(kind == "Q4_0" for kind, _ in ships.blocks.values())
+    bits, is_q4_0 = _bits(module), any(value.kind == "Q4_0" for value in ships.blocks.values())
     if is_q4_0 or not bits:
         raise BadSettingError(
             f"{type(module).__name__} has {'weights on the Q4_0 grid' if is_q4_0 else 'no mobile codes'}.",
