@@ -256,7 +256,7 @@ def _check_finetune(notebook, states):
     """It learns the form of a ticket: the exported file writes one for a name that it never saw."""
     ticket = _printed(notebook, "with gqk.load(path)").splitlines()[0].split(" → ")[1].strip()
     assert re.fullmatch(r"\w+ \| \d x [a-z ]+ \| (small|medium|large) \| (TO GO|HERE)", ticket), ticket
-    assert "Modelfile" in _printed(notebook, "panel.export()")
+    assert "Modelfile" in _printed(notebook, "path = panel.export()")
     shown = " ".join(str(state.get("value", "")) for state in states)
     assert "after 20 steps" in shown
     assert "Written:" in shown
