@@ -150,6 +150,7 @@ def test_a_notebook_runs_from_top_to_bottom_offline(path, monkeypatch, tmp_path)
     if path.stem == "04_finetune":  # half of the steps: enough for the form of a ticket
         settings = next(cell for cell in notebook.cells if cell.source.startswith("SIZE"))
         settings.source = settings.source.replace("STEPS = 40", "STEPS = 20")
+        settings.source = settings.source.replace('"tuned"', f'"{tmp_path}/tuned"')
     notebook.cells.append(nbformat.v4.new_code_cell(WHICH_WIDGETS))
     NotebookClient(
         notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": path.parent}}
