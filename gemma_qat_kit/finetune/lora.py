@@ -6,10 +6,10 @@ file holds, and an adapter that is still zero changes nothing. The gradient goes
 it has the rank of the adapter: `dB = s·g'(xA')` and `dA = s·(gB)'x`, never the size of W.
 
 Why u: weights of a QAT checkpoint lie in the middle between two roundings, so a change of less than half a step is
-rounded away, and an adapter is small and moves all weights a little: twenty steps changed nothing. So each weight is
-taken to lie somewhere within its step, evenly spread over each row and column. Alone that changes no code; but of the
-weights that an adapter moves by a tenth of a step, one in ten takes the next code, and on average the whole change is
-there. As dither in sound and pictures, it turns a threshold into a proportion.
+rounded away, and an adapter is small and moves all weights a little: 15 steps of training won a twentieth of what they
+win with u. So each weight is taken to lie somewhere within its step, evenly spread over each row and column. Alone that
+changes no code; but of the weights that an adapter moves by a tenth of a step, one in ten takes the next code, and on
+average the whole change is there. As dither in sound and pictures, it turns a threshold into a proportion.
 """
 
 import re
