@@ -15,7 +15,7 @@ import yaml
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "gemma_qat_kit"
 FLOORS = (
-    "errors units progress published catalog architectures layouts parameters machine generation",
+    "errors units progress published catalog architectures layouts parameters machine generation attachments",
     "formats gguf",
     "memory quality verdicts environment",
     "hub download checkpoint engines recording model load out_of_memory loading_note",
