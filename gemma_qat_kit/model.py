@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from gemma_qat_kit import out_of_memory
 from gemma_qat_kit.catalog import BUILT_IN_SIZE, Sampling
+from gemma_qat_kit.engines.server_queue import Queue
 from gemma_qat_kit.errors import BadSettingError
 from gemma_qat_kit.generation import Message, Reply, Settings, Stream, as_messages
 from gemma_qat_kit.memory.measure import MemoryUse
@@ -120,6 +121,14 @@ class Model:
             )
         settings = self._settings(False, max_new_tokens, temperature, top_p, top_k, seed)
         return _finish(self._recorded(Stream(self.runner.stream(prompt, settings))))
+
+    def queue(self) -> Queue | None:
+        """Return how many answers are computed and how many wait for a place: what to show before the first token.
+
+        llama.cpp tells, here and as a server, and vLLM. None where the engine or its server does not, or not now.
+        """
+        ask = getattr(self.runner, "queue", None)
+        return ask() if ask else None
 
     def _recorded(self, stream: Stream) -> Stream:
         """Keep a receipt of the memory that an answer takes, and say what would take less where it was too much."""

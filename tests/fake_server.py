@@ -25,6 +25,7 @@ class FakeServer(ThreadingHTTPServer):
             models if isinstance(models, bytes) else json.dumps({"data": [{"id": m} for m in models]}).encode()
         )
         self.models_status, self.extra_headers = 200, dict(headers)
+        self.pages = {}  # what else it has: end of the path -> bytes
         self.asked, self.over, self.stalls = [], threading.Event(), threading.Event()
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
@@ -52,7 +53,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         self._note(None)
-        self._send(self.server.models_status, self.server.models if self.path.endswith("/v1/models") else b"no")
+        pages = {"/v1/models": self.server.models} | self.server.pages
+        known = next((pages[end] for end in pages if self.path.endswith(end)), None)
+        self._send(self.server.models_status if known is not None else 404, known or b"no")
 
     def do_POST(self):
         self._note(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))

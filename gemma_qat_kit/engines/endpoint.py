@@ -12,13 +12,14 @@ import json
 import socket
 import time
 from collections.abc import Iterator
+from functools import cached_property
 
 from gemma_qat_kit.engines.server import MAX_BYTES, Server
+from gemma_qat_kit.engines.server_queue import Queue, parse_queue
+from gemma_qat_kit.engines.sockets import Gatherer, keep_alive
 from gemma_qat_kit.errors import BadSettingError, EndpointError, KitError, ModelClosedError
 from gemma_qat_kit.generation import Delta, Finish, Message, Settings
 from gemma_qat_kit.memory.parts import Part
-
-STALL_SECONDS = 600  # a long prompt on a slow machine sends nothing for minutes
 
 
 class EndpointEngine(Server):
@@ -35,6 +36,10 @@ class EndpointEngine(Server):
 
     name = "endpoint"
     gather_seconds = 0.0  # text is shown as it comes
+    first_token_seconds = 3600.0
+    """Longest wait for the first piece of an answer: others may come first, and a long prompt is read for minutes."""
+    stall_seconds = 120.0
+    """Longest pause after it; what came is kept, and an EndpointError says so."""
 
     def __init__(self, url: str, api_key: str | None = None, model: str | None = None):
         super().__init__(url, api_key)
@@ -47,7 +52,7 @@ class EndpointEngine(Server):
     def _first_model(self) -> dict:
         """Return the server's entry of the first model it lists."""
         try:
-            listed = [entry for entry in self._get("/models")["data"] or () if entry.keys() >= {"id"}]
+            listed = [entry for entry in self._get("/v1/models")["data"] or () if entry.keys() >= {"id"}]
         except (KeyError, TypeError, AttributeError) as err:
             raise self._not_a_server() from err
         if not listed:
@@ -74,9 +79,26 @@ class EndpointEngine(Server):
         if settings.seed is not None:
             body["seed"] = settings.seed
         if isinstance(conversation, str):
-            return _ServerStream(self, "/completions", body | {"prompt": conversation})
+            return _ServerStream(self, "/v1/completions", body | {"prompt": conversation})
         thinking = {"chat_template_kwargs": {"enable_thinking": settings.thinking}}
-        return _ServerStream(self, "/chat/completions", body | thinking | {"messages": conversation})
+        return _ServerStream(self, "/v1/chat/completions", body | thinking | {"messages": conversation})
+
+    def queue(self) -> Queue | None:
+        """Return how many answers are computed and how many wait; None of a server that does not tell (Ollama)."""
+        try:
+            figures = self._read("/metrics").decode("utf-8", "replace")
+        except KitError:
+            return None
+        return parse_queue(figures, self._num_places)
+
+    @cached_property
+    def _num_places(self) -> int | None:
+        """How many answers llama.cpp's server computes at once; others do not say."""
+        try:
+            count = self._get("/props")["total_slots"]
+        except (KitError, KeyError, TypeError):
+            return None
+        return count if isinstance(count, int) else None
 
     def _explained(self, error: KitError) -> KitError:
         """Return what is really wrong when an answer fails with `error`."""
@@ -115,29 +137,6 @@ def _closed() -> ModelClosedError:
     return ModelClosedError("This model is closed.", "A closed model answers no more.", "Load it again.")
 
 
-class _Gatherer:
-    """Lets the system gather some text before it wakes the reader, once it is known how fast text comes.
-
-    Where every core computes the next token, each wake-up of the reader costs the model time.
-    """
-
-    AFTER_CHUNKS = 16
-
-    def __init__(self, connection: socket.socket, seconds: float):
-        self._socket, self._seconds = connection, seconds
-        self._chunks = self._bytes = 0
-        self._since = time.perf_counter()
-
-    def took(self, num_bytes: int) -> None:
-        """Count a chunk, and now and then set how many bytes to wait for; the end of the answer always wakes."""
-        self._chunks, self._bytes = self._chunks + 1, self._bytes + num_bytes
-        if self._seconds and self._chunks == self.AFTER_CHUNKS:
-            now = time.perf_counter()
-            wanted = int(self._bytes / (now - self._since) * self._seconds)
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, max(1, min(wanted, 4096)))
-            self._chunks, self._bytes, self._since = 0, 0, now
-
-
 class _ServerStream:
     """The answer to one request, read from server-sent events."""
 
@@ -145,7 +144,7 @@ class _ServerStream:
         self._engine, self._path, self._body = engine, path, body
         self._socket: socket.socket | None = None
         self._is_cancelled = False
-        self._reason, self._counts = None, (None, None)
+        self._reason, self._counts, self._patience = None, (None, None), None
 
     def __iter__(self) -> Iterator[Delta | Finish]:
         try:
@@ -162,16 +161,21 @@ class _ServerStream:
         """Send the request and yield the pieces of the answer."""
         connection = self._engine._connect()
         self._socket = connection.sock
-        self._socket.settimeout(STALL_SECONDS)
+        keep_alive(self._socket)
+        self._be_patient(self._engine.first_token_seconds)
         response = None
         try:
             if self._is_cancelled:  # while it connected
                 return
             response = self._engine._request(connection, "POST", self._path, json.dumps(self._body))
             for event in self._events(response):
-                yield from self._read(event)
+                for delta in self._read(event):
+                    self._be_patient(self._engine.stall_seconds)
+                    yield delta
         except KitError:
             raise
+        except TimeoutError as err:
+            raise self._stalled() from err
         except (OSError, http.client.HTTPException) as err:
             raise self._lost(f"was lost ({type(err).__name__})") from err
         except (ValueError, AttributeError, TypeError, RecursionError) as err:
@@ -181,13 +185,20 @@ class _ServerStream:
             if response is not None:
                 response.close()
 
+    def _be_patient(self, seconds: float) -> None:
+        """Set how long the next event may take."""
+        if seconds != self._patience:
+            self._patience = seconds
+            self._socket.settimeout(seconds)
+
     def _events(self, response: http.client.HTTPResponse) -> Iterator[dict]:
         """Yield the JSON of each event. Source: HTML Living Standard, "Server-sent events"."""
         text = codecs.getincrementaldecoder("utf-8-sig")("replace")
         decode = io.IncrementalNewlineDecoder(text, translate=True).decode
         rest = data = ""
         chunk = b"begin"
-        gather = _Gatherer(self._socket, self._engine.gather_seconds)
+        gather = Gatherer(self._socket, self._engine.gather_seconds)
+        since = time.monotonic()
         while chunk and not self._is_cancelled:
             chunk = response.read1(65536)
             gather.took(len(chunk))
@@ -200,7 +211,9 @@ class _ServerStream:
                         self._reason = self._reason or "stop"
                         return
                     yield json.loads(data)
-                    data = ""
+                    data, since = "", time.monotonic()
+            if time.monotonic() - since > self._patience:  # comments keep the connection alive, not the answer
+                raise TimeoutError
             if len(rest) + len(data) > MAX_BYTES:
                 raise ValueError("an event without end")
 
@@ -232,6 +245,13 @@ class _ServerStream:
             f"The connection to {self._engine.address} {how} before the answer ended.",
             "What came so far is kept.",
             "Ask again; load the model again if its server has stopped.",
+        )
+
+    def _stalled(self) -> EndpointError:
+        return EndpointError(
+            f"{self._engine.address} has sent nothing for {self._patience:g} seconds.",
+            "An answer comes without such a pause; what came so far is kept.",
+            "Ask again; if the server is only slow, set model.runner.stall_seconds higher.",
         )
 
     def _nonsense(self) -> EndpointError:

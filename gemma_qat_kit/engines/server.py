@@ -27,7 +27,7 @@ class Server:
     def __init__(self, url: str, key: str | None = None):
         self._parts = _split(url)
         path = urllib.parse.quote(self._parts.path, safe="/%~").rstrip("/")
-        self._path = path.removesuffix("/v1") + "/v1"
+        self._path = path.removesuffix("/v1")
         self._key = _checked_key(key)
         # Each request has its own connection, and its end ends the answer.
         self._headers = {"Content-Type": "application/json", "Connection": "close"}
@@ -67,15 +67,20 @@ class Server:
 
     def _get(self, path: str) -> object:
         """Return the JSON at a path."""
+        try:
+            return json.loads(self._read(path))
+        except (ValueError, RecursionError) as err:
+            raise self._not_a_server() from err
+
+    def _read(self, path: str) -> bytes:
+        """Return what lies at a path."""
         connection = self._connect()
         try:
-            return json.loads(self._request(connection, "GET", path).read(MAX_BYTES))
+            return self._request(connection, "GET", path).read(MAX_BYTES)
         except KitError:
             raise
         except (OSError, http.client.HTTPException) as err:
             raise self._no_answer(err) from err
-        except (ValueError, RecursionError) as err:
-            raise self._not_a_server() from err
         finally:
             connection.close()
 
@@ -113,7 +118,7 @@ class Server:
 
     def _not_a_server(self) -> EndpointError:
         return EndpointError(
-            f"{self.address}{self._path} is not an OpenAI-compatible server.",
+            f"{self.address}{self._path}/v1 is not an OpenAI-compatible server.",
             "It answers /v1/models and /v1/chat/completions.",
             "Check the address.",
         )
