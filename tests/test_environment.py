@@ -4,7 +4,8 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 
-from machines import A100, COLAB, T4, made_up
+import pytest
+from machines import A100, COLAB, COMPLETE, GIB, T4, made_up
 
 from gemma_qat_kit import machine
 from gemma_qat_kit.catalog import KNOWN_FORMATS, find_checkpoint
@@ -19,6 +20,50 @@ def test_banner_is_short_and_starts_with_the_place():
     assert max(len(line) for line in str(made_up(libraries=COLAB, gpus=(T4, A100))).splitlines()) <= 100
     assert [line.split()[0] for line in lines[2:11]] == list(KNOWN_FORMATS)
     assert repr(made_up()) == str(made_up())
+
+
+def test_readiness_says_in_a_few_lines_that_all_is_here():
+    said = made_up(place="jupyter", gpus=()).readiness()
+    assert said.splitlines()[0].startswith("Jupyter, Python 3.13.15")
+    assert "Ready: gemma_qat_kit 0.1.0, xllamacpp 2026.10.11549" in said
+    assert "image" not in said
+    assert len(said.splitlines()) <= 5
+
+
+def test_readiness_on_an_old_image_says_what_works_until_then_and_replaces_nothing():
+    said = " ".join(made_up(libraries=COMPLETE | {"transformers": "5.0.0"}).readiness().split())
+    assert "lacks transformers>=5.15 (here: 5.0.0), and replacing it here breaks things. Until then GGUF files" in said
+    assert "pip install 'transformers" not in said
+    assert "Ready" not in said
+    assert "transformers 5.0.0, accelerate 1.14.0 (the last three as the image has them)" in said
+
+
+@pytest.mark.parametrize(("place", "menu"), [("colab", "Change runtime type"), ("kaggle", "Accelerator")])
+def test_readiness_without_a_gpu_says_where_to_choose_one(place, menu):
+    said = " ".join(made_up(place=place, gpus=()).readiness().split())
+    assert "no GPU: GGUF files answer on its CPU" in said
+    assert menu in said
+    assert "no GPU:" not in made_up(place="binder", gpus=()).readiness()
+
+
+def test_readiness_with_a_full_disk_names_the_smallest_download():
+    said = " ".join(made_up(disk_free_bytes=GIB).readiness().split())
+    assert "The disk has 1.00 GiB free, and the smallest download (E2B mobile) takes 2.29 GiB." in said
+    assert "HF_HOME" in said
+
+
+@pytest.mark.parametrize(
+    ("devices", "words"),
+    [(("CUDA0",), "Ready"), ((), "the CPU build here"), (None, "xllamacpp is installed but does not load")],
+)
+def test_readiness_says_whether_llama_cpp_sees_the_gpu(devices, words, monkeypatch):
+    monkeypatch.setattr(machine, "read_llama_cpp_devices", lambda: devices)
+    said = made_up().readiness()
+    assert words in said
+    commands = [line for line in said.splitlines() if "pip install" in line]
+    assert len(commands) == (devices != ("CUDA0",))
+    assert all(line.startswith("  %pip install -q --no-deps --force-reinstall ") for line in commands)
+    assert all(line.endswith(" xllamacpp") for line in commands)
 
 
 class Tags(HTMLParser):

@@ -229,3 +229,12 @@ def test_downloads_go_where_the_hub_client_puts_them():
     from huggingface_hub.constants import HF_HUB_CACHE
 
     assert str(machine.hub_cache_folder()) == HF_HUB_CACHE
+
+
+def test_llama_cpp_says_itself_whether_it_has_a_gpu(monkeypatch, tmp_path):
+    assert machine.read_llama_cpp_devices() == (), "PyPI's is the CPU build"
+    devices = "get_device_info = lambda: [{'name': 'CUDA0'}, {'name': 'CPU'}]"
+    for code, found in ((devices, ("CUDA0",)), ("raise ImportError('libcudart.so.12: cannot open')", None)):
+        (tmp_path / "xllamacpp.py").write_text(code)
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+        assert machine.read_llama_cpp_devices() == found

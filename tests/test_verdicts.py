@@ -118,8 +118,8 @@ def test_colab_is_never_told_to_replace_torch_or_transformers():
 def test_elsewhere_old_frameworks_get_a_command():
     old = COMPLETE | {"transformers": "5.2.0", "bitsandbytes": None}
     assert "pip install 'transformers>=5.15'" in str(made_up(place="python", libraries=old))
-    assert "Add: pip install -q --no-deps bitsandbytes" in str(made_up(place="python", libraries=old))
-    assert "Add: %pip install" in str(made_up(place="jupyter", libraries=old))
+    assert "Add:\n  pip install -q --no-deps bitsandbytes" in str(made_up(place="python", libraries=old))
+    assert "Add:\n  %pip install" in str(made_up(place="jupyter", libraries=old))
 
 
 def test_empty_python_lacks_everything_once():
