@@ -9,12 +9,15 @@ import types
 
 __version__ = "0.1.0"
 _MODULE_OF = {
+    "Comparison": "chat.comparison",
+    "Conversation": "chat.conversation",
     "FinetuneSettings": "finetune.settings",
     "Model": "model",
     "Reply": "generation",
     "adapted_model": "finetune.adapted",
     "catalog": "catalog",
     "collect_importance": "quality.post_training",
+    "compare_answers": "chat.comparison",
     "compare": "quality.comparison",
     "compare_formats": "quality.format_table",
     "convert_qat": "qat.convert",

@@ -130,6 +130,18 @@ class Model:
         ask = getattr(self.runner, "queue", None)
         return ask() if ask else None
 
+    def num_tokens(self, conversation: str | list[Message], *, thinking: bool = False) -> int | None:
+        """Count what the model would read of a question or conversation: tokens, the chat template's included.
+
+        Returns:
+            The number, or None where a server does not count.
+
+        Raises:
+            BadSettingError: A message that cannot be used.
+            EndpointError: The server is down.
+        """
+        return self.runner.num_tokens(as_messages(conversation), thinking=thinking)
+
     def _recorded(self, stream: Stream) -> Stream:
         """Keep a receipt of the memory that an answer takes, and say what would take less where it was too much."""
         stream.around = self._around(stream)

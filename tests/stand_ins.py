@@ -4,30 +4,43 @@ import threading
 import time
 from types import SimpleNamespace
 
-from gemma_qat_kit.generation import Delta
+from gemma_qat_kit.catalog import Sampling
+from gemma_qat_kit.generation import Delta, Finish, Stream
+from gemma_qat_kit.memory.measure import MemoryUse
+from gemma_qat_kit.memory.parts import Part
 from gemma_qat_kit.progress import Progress
 
 _BITS = {"q8_0": 8.5, "mobile_int8": 8, "mobile_int4": 4, "mobile_int2": 2}  # 4.5 of the others
 
 
 class StandIn:
-    """A model that answers what it is told to, with a pause before each piece."""
+    """A model that answers what it is told to, with a pause before each piece; a word is a token of its prompts."""
 
-    def __init__(self, name="stand-in", answer=("Light ", "scatters."), delay=0.0):
-        self.name, self.answer, self.delay, self.asked, self.is_closed = name, answer, delay, [], False
+    size, format, runner = "E2B", "q4_0", SimpleNamespace()
+    sampling = Sampling(temperature=1.0, top_p=0.95, top_k=64)
 
-    def stream(self, messages, **options):
+    def __init__(self, name="stand-in", answer=("Light ", "scatters."), delay=0.0, context_length=4096):
+        self.name, self.answer, self.delay, self.context_length = name, answer, delay, context_length
+        self.asked, self.settings, self.is_closed = [], [], False
+
+    def stream(self, messages, **settings):
         self.asked.append(messages)
-        return StandInStream(self)
+        self.settings.append(settings)
+        return Stream(StandInStream(self, self.num_tokens(messages)))
+
+    def num_tokens(self, messages, *, thinking=False):
+        return sum(len(str(message["content"]).split()) for message in messages)
+
+    def memory(self):
+        return MemoryUse((Part("text layers", 2**28, "ram"),))
 
     def close(self):
         self.is_closed = True
 
 
 class StandInStream:
-    def __init__(self, model):
-        self.model, self.cancelled = model, threading.Event()
-        self.reply = None
+    def __init__(self, model, num_tokens):
+        self.model, self.num_tokens, self.cancelled = model, num_tokens, threading.Event()
 
     def cancel(self):
         self.cancelled.set()
@@ -41,10 +54,7 @@ class StandInStream:
                 break
             count += 1
             yield piece if isinstance(piece, Delta) else Delta(piece)
-        reason = "cancelled" if self.cancelled.is_set() else "stop"
-        self.reply = SimpleNamespace(
-            new_tokens=count, tokens_per_second=12.345, first_token_seconds=0.25, finish_reason=reason
-        )
+        yield Finish("cancelled" if self.cancelled.is_set() else "stop", self.num_tokens, count)
 
 
 class Loader:

@@ -31,10 +31,10 @@ def page(tmp_path_factory):
 
 def _ask(page, question):
     """Type a question, press Enter, and return the lengths that the answer had while it came, and its text."""
-    box = page.locator(".gqk-chat-input input")
+    box = page.locator(".gqk-chat").get_by_label("Message", exact=True)
     box.fill(question)
     box.press("Enter")
-    turn, lengths = page.locator(".gqk-turn-model").last, []
+    turn, lengths = page.locator(".gqk-turn-assistant .gqk-said").last, []
     while not page.locator(".gqk-chat-status :text('tokens/s')").count() or not lengths:
         lengths.append(len(turn.inner_text()))
         time.sleep(0.05)
@@ -78,7 +78,7 @@ def test_a_typed_question_gets_a_streamed_and_sensible_answer(page):
     lengths, answer = _ask(page, "What is gravity?")
     assert len(set(lengths)) > 3, "the answer came in one piece"
     assert re.search(r"physics|force|mass|matter|universe|object", answer)
-    assert page.locator(".gqk-chat-input input").input_value() == ""
+    assert page.locator(".gqk-chat").get_by_label("Message", exact=True).input_value() == ""
     _, second = _ask(page, "Explain it to a child in one sentence.")
     assert "ravity" in second
 
@@ -103,11 +103,11 @@ def test_the_picture_of_the_readme_can_be_drawn_again(page, tmp_path):
 
 
 def test_stop_ends_an_answer_soon(page):
-    box = page.locator(".gqk-chat-input input")
+    box = page.locator(".gqk-chat").get_by_label("Message", exact=True)
     box.fill("Tell me a long story.")
     box.press("Enter")
     page.wait_for_selector(".gqk-chat-status :text('Answering')")
-    page.wait_for_function("document.querySelectorAll('.gqk-turn-model')[2].innerText.length > 40")
+    page.wait_for_function("document.querySelector('.gqk-chat-live .gqk-said')?.innerText.length > 40")
     page.locator(".gqk-chat-stop").click()
     page.wait_for_selector(".gqk-chat-status :text('Stopped.')", timeout=5000)
 

@@ -21,7 +21,7 @@ FLOORS = (
     "hub download checkpoint engines recording model load out_of_memory loading_note",
     "qat weights",
     "finetune",
-    "grid_report export testing",
+    "grid_report export testing chat",
     "classroom",
     "widgets",
 )

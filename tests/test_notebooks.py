@@ -108,6 +108,10 @@ def test_a_notebook_runs_from_top_to_bottom_offline(path, monkeypatch, tmp_path)
         settings = next(cell for cell in notebook.cells if cell.source.startswith("SIZE"))
         settings.source = settings.source.replace("STEPS = 40", "STEPS = 20")
         settings.source = settings.source.replace('"tuned"', f'"{tmp_path}/tuned"')
+    if path.stem == "05_chat":
+        settings = next(cell for cell in notebook.cells if cell.source.startswith("SIZE"))
+        settings.source = settings.source.replace("MAX_NEW_TOKENS = 120", "MAX_NEW_TOKENS = 40")
+        settings.source = settings.source.replace('"chats"', f'"{tmp_path}/chats"')
     notebook.cells.append(nbformat.v4.new_code_cell(WHICH_WIDGETS))
     NotebookClient(
         notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": path.parent}}
@@ -118,7 +122,7 @@ def test_a_notebook_runs_from_top_to_bottom_offline(path, monkeypatch, tmp_path)
     stored = notebook.metadata.widgets["application/vnd.jupyter.widget-state+json"]["state"].values()
     states = [state["state"] for state in stored]
     checks = {"00_start_here": _check_start_here, "01_quantize": _check_quantize, "02_memory": _check_memory}
-    checks |= {"03_qat": _check_qat, "04_finetune": _check_finetune}
+    checks |= {"03_qat": _check_qat, "04_finetune": _check_finetune, "05_chat": _check_chat}
     checks[path.stem](notebook, states)
 
 
@@ -154,6 +158,19 @@ def _check_quantize(notebook, states):
     assert "is not on a grid" in _cell(notebook, "gqk.grid_report").outputs[-1].data["text/html"]
     assert "verified" in _cell(notebook, "import tempfile").outputs[-1].data["text/html"]
     assert re.search("force|mass|gravit", _printed(notebook, "with gqk.load(file.path)"))
+
+
+def _check_chat(notebook, states):
+    shown = " ".join(str(state.get("value", "")) for state in states)
+    assert "Talking to smollm2-135m q4_1" in shown
+    assert "3 models are ready" in shown
+    assert re.search(r"\d+ tokens at [\d.]+/s", _printed(notebook, "model = gqk.load"))
+    assert "'text/plain': 'True'" in str(_cell(notebook, "talk = gqk.Conv").outputs[-1].data), "replayed word for word"
+    assert "**smollm2-135m q4_1**" in _printed(notebook, "path = talk.save")
+    assert "'seed': 0" in str(_cell(notebook, "path = talk.save").outputs[-1].data)
+    shares = [int(share) for share in re.findall(r"(\d+) % as in reference", _printed(notebook, "comparison ="))]
+    assert len(shares) == 2
+    assert shares[0] > shares[1], "the file as it ships goes further with its own weights than a rounded one"
 
 
 def _check_memory(notebook, states):

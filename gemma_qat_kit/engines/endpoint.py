@@ -21,6 +21,8 @@ from gemma_qat_kit.errors import BadSettingError, EndpointError, KitError, Model
 from gemma_qat_kit.generation import Delta, Finish, Message, Settings
 from gemma_qat_kit.memory.parts import Part
 
+_COUNTERS = (("/v1/chat/completions/input_tokens", "input_tokens"), ("/tokenize", "count"))  # llama.cpp's, vLLM's
+
 
 class EndpointEngine(Server):
     """A server reached by URL.
@@ -43,7 +45,7 @@ class EndpointEngine(Server):
 
     def __init__(self, url: str, api_key: str | None = None, model: str | None = None):
         super().__init__(url, api_key)
-        self._is_closed = False
+        self._is_closed, self._counters = False, list(_COUNTERS)
         entry = {"id": model} if model else self._first_model()
         about = entry.get("meta")
         length = about.get("n_ctx") if isinstance(about, dict) else entry.get("max_model_len")  # llama.cpp, vLLM
@@ -99,6 +101,19 @@ class EndpointEngine(Server):
         except (KitError, KeyError, TypeError):
             return None
         return count if isinstance(count, int) else None
+
+    def num_tokens(self, messages: list[Message], *, thinking: bool = False) -> int | None:
+        """Return the tokens of a prompt, template included, or None where the server does not count them."""
+        if self._is_closed:
+            raise _closed()
+        body = {"model": self.model, "messages": messages, "chat_template_kwargs": {"enable_thinking": thinking}}
+        while self._counters:
+            path, name = self._counters[0]
+            count = self._post(path, body).get(name)
+            if isinstance(count, int):
+                return count
+            del self._counters[0]
+        return None
 
     def _explained(self, error: KitError) -> KitError:
         """Return what is really wrong when an answer fails with `error`."""

@@ -84,6 +84,21 @@ class Server:
         finally:
             connection.close()
 
+    def _post(self, path: str, body: dict) -> dict:
+        """Return the JSON object that a path beside the API answers with, {} where the server has no such path."""
+        connection = self._connect()
+        try:
+            connection.request("POST", self._path + path, json.dumps(body), self._headers)
+            response = connection.getresponse()
+            answer = json.loads(response.read(MAX_BYTES)) if response.status == 200 else {}
+        except (OSError, http.client.HTTPException) as err:
+            raise self._no_answer(err) from err
+        except (ValueError, RecursionError):
+            return {}
+        finally:
+            connection.close()
+        return answer if isinstance(answer, dict) else {}
+
     def _refused(self, response: http.client.HTTPResponse, body: bytes) -> KitError:
         """Build the error for a status that is not 200."""
         error = _error_of(body)

@@ -121,6 +121,12 @@ class TransformersEngine:
             )
         return GenerateStream(self, inputs, settings, min(settings.max_new_tokens, room))
 
+    def num_tokens(self, messages: list[Message], *, thinking: bool = False) -> int:
+        """Return the tokens of a prompt, template included."""
+        self._check_open()
+        settings = Settings(thinking, 1, 0.0, 1.0, 0, None)
+        return self._encode(messages, settings)["input_ids"].shape[1]
+
     def _check_open(self) -> None:
         if self.model is None:
             raise ModelClosedError("This model is closed.", "A closed model answers no more.", "Load it again.")

@@ -90,8 +90,9 @@ class GenerateStream:
                 return
 
     def cancel(self) -> None:
-        """Stop after the token that is being computed."""
+        """End the answer now; the model is free again after the token that is being computed."""
         self._cancelled.set()
+        self._pieces.put(Finish("cancelled", self._num_prompt, self._num_new))
 
 
 class ThoughtSplitter:

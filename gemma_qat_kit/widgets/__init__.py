@@ -1,6 +1,6 @@
 """What a person sees and presses: one file per widget, for ipywidgets 7 and 8.
 
-All but BitExplorer are plain ipywidgets; that one brings a front end of its own, through anywidget.
+All but BitExplorer and ChatPanel are plain ipywidgets; those bring a front end of their own, through anywidget.
 """
 
 import importlib
@@ -8,6 +8,7 @@ import importlib
 _MODULES = {
     "BitExplorer": "bit_explorer",
     "ChatPanel": "chat_panel",
+    "CompareChat": "compare_chat",
     "FinetunePanel": "finetune_panel",
     "MemoryChart": "memory_chart",
     "MemoryPanel": "memory_panel",

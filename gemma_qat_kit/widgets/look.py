@@ -1,6 +1,7 @@
 """What the widgets share in looks: colours from the host's theme, safe text, status lines and errors."""
 
 import html
+import re
 import unicodedata
 
 from gemma_qat_kit.errors import KitError
@@ -34,19 +35,27 @@ STYLE = """<style>
 .gqk-error p, .gqk-status p { margin: 0; }
 .gqk-error p:first-child { font-weight: 600; }
 </style>"""
+_TERMINAL = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")  # ECMA-48: a control sequence, such as a colour
 _UNSAFE_CATEGORIES = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 # Kept although they are format characters: two joiners without which Persian, Hindi and some emoji come apart.
 _JOINERS = "\u200c\u200d"
 
 
-def escape(text: object) -> str:
-    """Turn text that somebody else wrote into HTML that shows it and does nothing else.
+def visible(text: object) -> str:
+    """Return a text without what is not seen: terminal colours, control and format characters.
 
-    Control and format characters go (Unicode categories Cc, Cf, Cs, Zl, Zp), since some of them reorder or hide the
-    text around them: a model could show something other than what it wrote.
+    Some of them (Unicode categories Cc, Cf, Cs, Zl, Zp) reorder or hide the text around them: a model could show
+    something other than what it wrote.
     """
-    kept = (c for c in str(text) if c in "\n\t" + _JOINERS or unicodedata.category(c) not in _UNSAFE_CATEGORIES)
-    return html.escape("".join(kept))
+    text = _TERMINAL.sub("", str(text))
+    if text.isascii() and text.isprintable():  # most of what is shown ten times a second
+        return text
+    return "".join(c for c in text if c in "\n\t" + _JOINERS or unicodedata.category(c) not in _UNSAFE_CATEGORIES)
+
+
+def escape(text: object) -> str:
+    """Turn text that somebody else wrote into HTML that shows what is `visible` of it and does nothing else."""
+    return html.escape(visible(text))
 
 
 def status_html(text: str) -> str:

@@ -1,0 +1,1 @@
+"""Conversations as data: branches, settings, seeds and timings; saved, replayed, exported, and compared."""

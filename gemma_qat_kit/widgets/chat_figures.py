@@ -1,0 +1,44 @@
+"""What a ChatPanel says in numbers: speed, memory, and how full the context is."""
+
+from gemma_qat_kit.chat.conversation import Turn
+from gemma_qat_kit.units import readable_bytes
+from gemma_qat_kit.widgets.look import escape
+
+_ENDS = {"cancelled": "Stopped.", "length": "Cut off: it reached the longest answer or the end of the context."}
+
+
+def speed_words(reply, memory_bytes: int | None = None) -> str:
+    """Say how long an answer was, how fast it came, as measured, what the model holds, and why it ended."""
+    held = f"; the model holds {readable_bytes(memory_bytes)}" if memory_bytes else ""
+    speed = f" at {reply.tokens_per_second:.3g} tokens/s" if reply.tokens_per_second else ""
+    said = f"{counted(reply.new_tokens, 'token')}{speed}, the first after {reply.first_token_seconds:.2g} s{held}."
+    return " ".join(filter(None, (said, _ENDS.get(reply.finish_reason, ""))))
+
+
+def counted(number: int, noun: str) -> str:
+    """Write "1 token" or "1,200 tokens"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def end_note(turn: Turn) -> str:
+    """Say below an answer what a reader must know: that it is not whole, what it wants called, what was left out."""
+    calls = [f"Wants to call {call.get('name')}({call.get('arguments')})." for call in turn.tool_calls]
+    dropped = turn.timings.get("num_dropped")
+    left_out = f"No room for all: the oldest {counted(dropped, 'message')} left out." if dropped else ""
+    return " ".join(filter(None, (_ENDS.get(turn.timings.get("finish_reason"), ""), *calls, left_out)))
+
+
+def meter_html(used: int | None, length: int | None) -> str:
+    """Draw how much of the context the conversation takes, and say what happens when it is full."""
+    if length is None:
+        return '<div class="gqk-text gqk-quiet">Context: the server does not say how long it is.</div>'
+    share = min((used or 0) / length, 1)
+    words = f"Context: {used or 0:,} of {length:,} tokens" if used is not None else f"Context: up to {length:,} tokens"
+    if share > 0.75:
+        words += "; when it is full, the oldest messages are left out of the prompt, and the answer says so"
+    colour = "#D55E00" if share > 0.75 else "#0072B2"
+    bar = f'<div style="width:{100 * share:.1f}%;background:{colour}"></div>'
+    return (
+        f'<div class="gqk-text gqk-quiet">{escape(words)}.<div class="gqk-bar" role="img" '
+        f'aria-label="{100 * share:.0f} % of the context is used">{bar}</div></div>'
+    )
