@@ -32,6 +32,10 @@ class BrokenCheckpointError(KitError, ValueError):
     """A checkpoint that is truncated, corrupt, incomplete or of another architecture."""
 
 
+class BrokenFileError(KitError, ValueError):
+    """A student's file or a file of a bundle that is damaged, changed or of another version."""
+
+
 class UnsafeCheckpointError(KitError, ValueError):
     """A checkpoint that could run code when opened (pickle)."""
 

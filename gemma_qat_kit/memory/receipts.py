@@ -43,7 +43,7 @@ def record(event: str, settings, predicted: Parts | None, measured: Parts, **num
     if event not in EVENTS:
         raise unknown_name("event", event, EVENTS)
     when = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    here, libraries = _this_machine()
+    here, libraries = this_machine()
     receipts_file.append(to_line(Receipt(when, event, here, libraries, _kept(settings), predicted, measured, numbers)))
 
 
@@ -58,7 +58,7 @@ def _kept(settings) -> dict[str, object]:
 
 
 @functools.cache
-def _this_machine() -> tuple[dict, dict]:
+def this_machine() -> tuple[dict, dict]:
     """Return what a receipt says of the machine and its libraries."""
     from gemma_qat_kit import __version__
 

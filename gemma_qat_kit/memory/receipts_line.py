@@ -13,7 +13,7 @@ VERSION = 1
 EVENTS = ("load", "chat", "train")
 MOST_LINE_BYTES = 2**16
 _MOST_TEXT, _MOST_ENTRIES, _MOST_BYTES, _MOST_NUMBER = 80, 64, 2**50, 2**60
-_WHEN = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
+TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def _number(value: object, most: int = _MOST_NUMBER) -> float:
 
 
 def _when(value: object) -> str:
-    if not _WHEN.fullmatch(_text(value)):
+    if not TIME.fullmatch(_text(value)):
         raise ValueError("it is no time")
     return value
 

@@ -44,13 +44,17 @@ def draw(receipts) -> str:
     if not receipts.rows:
         return f'{PANEL_STYLE}<div class="gqk-panel">{html.escape(describe(receipts))}</div>'
     runs = "".join(map(_run_html, _shown(receipts)))
-    parts = "".join(_html_row(cells[:1], cells[1:]) for cells in map(_escaped, _error_cells(receipts)))
     return (
         f'{PANEL_STYLE}{_STYLE}<div class="gqk-panel gqk-receipts">'
-        f"{_html_table(('Run', 'Model', *_HEADINGS[3:]), runs, 2)}{notes}"
-        f"{_svg(receipts)}{_html_table(_ERROR_HEADINGS, parts, 1)}"
-        f'<div class="gqk-dim">{html.escape(_NOTE)}</div></div>'
+        f"{_html_table(('Run', 'Model', *_HEADINGS[3:]), runs, 2)}{notes}{draw_errors(receipts)}</div>"
     )
+
+
+def draw_errors(receipts) -> str:
+    """Return the picture of all runs and the error part by part, without the list of runs."""
+    parts = "".join(_html_row(cells[:1], cells[1:]) for cells in map(_escaped, _error_cells(receipts)))
+    note = f'<div class="gqk-dim">{html.escape(_NOTE)}</div>'
+    return f"{_svg(receipts)}{_html_table(_ERROR_HEADINGS, parts, 1)}{note}"
 
 
 def _shown(receipts) -> list[Receipt]:
