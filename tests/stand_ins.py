@@ -31,6 +31,9 @@ class StandIn:
     def num_tokens(self, messages, *, thinking=False):
         return sum(len(str(message["content"]).split()) for message in messages)
 
+    def queue(self):
+        return None
+
     def memory(self):
         return MemoryUse((Part("text layers", 2**28, "ram"),))
 

@@ -7,6 +7,7 @@ import pytest
 from stand_ins import StandIn, click, wait_for
 
 import gemma_qat_kit as gqk
+from gemma_qat_kit.engines.server_queue import Queue
 from gemma_qat_kit.errors import BadSettingError, BrokenCheckpointError
 from gemma_qat_kit.generation import Delta
 from gemma_qat_kit.widgets import ChatPanel
@@ -136,6 +137,16 @@ def test_an_error_while_answering_shows_in_the_panel_and_the_next_question_works
     model.answer = ("Hello.",)
     _ask(panel, "Hello?")
     assert len(panel.messages) == 2
+
+
+def test_who_else_waits_is_said_until_the_first_word():
+    model = StandIn(delay=5)
+    model.queue = lambda: Queue(busy=2, waiting=3, places=2)
+    panel = ChatPanel(model)
+    panel.ask("Hello?")
+    wait_for(lambda: "Waiting for a place: 2 of 2 places busy, 3 waiting." in panel._status.value)
+    panel.stop()
+    wait_for(lambda: "Stopped." in panel._status.value)
 
 
 def test_an_empty_message_or_one_while_answering_is_not_sent(plain):

@@ -190,3 +190,19 @@ def test_a_closed_model_answers_no_more():
     assert caught.value.wrong == "This model is closed."
     assert caught.value.allowed == "A closed model answers no more."
     assert caught.value.next_step == "Load it again."
+
+
+def test_a_server_that_counts_no_tokens_is_asked_once():
+    with FakeServer(status=404, body=b"no") as server:
+        engine = EndpointEngine(server.url)
+        assert [engine.num_tokens([{"role": "user", "content": "a"}]) for _ in range(2)] == [None, None]
+        asked = [path for _, path, _, _ in server.asked if path != "/v1/models"]
+        assert asked == ["/v1/chat/completions/input_tokens", "/tokenize"]
+
+
+def test_a_closed_server_counts_nothing():
+    with FakeServer() as server:
+        engine = EndpointEngine(server.url)
+        engine.close()
+        with pytest.raises(ModelClosedError):
+            engine.num_tokens([])

@@ -1,6 +1,7 @@
 """`load` on every published layout: one face whatever runs it: chat, drafters, thoughts, stops."""
 
 import shutil
+import threading
 
 import pytest
 import torch
@@ -154,3 +155,26 @@ def test_splitter_keeps_long_texts_whole():
     ids = tokenizer.encode(text).ids
     assert "".join(piece for token_id in ids for piece in splitter.push(token_id)) == text
     assert list(splitter.flush()) == []
+
+
+def test_stop_ends_an_answer_while_a_token_is_still_computed_and_the_next_one_is_whole(tiny):
+    with gqk.load(tiny("E2B", "bf16"), context_length=256) as model:
+        whole = model.chat("the sky", max_new_tokens=4, temperature=0).text
+        holding = threading.Event()
+        model.runner.model.register_forward_pre_hook(lambda *_: None if holding.wait(30) else None)
+        stream = model.stream("the sky", max_new_tokens=4, temperature=0)
+        stream.cancel()
+        assert list(stream) == []
+        assert stream.reply.finish_reason == "cancelled"
+        assert not holding.is_set(), "the token is still being computed"
+        holding.set()
+        assert model.chat("the sky", max_new_tokens=4, temperature=0).text == whole
+
+
+@pytest.mark.parametrize("size", GEMMA_SIZES)
+def test_both_engines_count_the_tokens_that_they_then_read(tiny, size):
+    for format in ("bf16", "q4_0"):
+        with gqk.load(tiny(size, format), context_length=256) as model:
+            count = model.num_tokens("the sky")
+            assert model.chat("the sky", max_new_tokens=1).prompt_tokens == count
+            assert model.num_tokens("the sky", thinking=True) > count

@@ -164,6 +164,9 @@ class ChatPanel(widgets.VBox):
         num_tokens = answer.reply.new_tokens if answer else 0
         if num_tokens:
             return f"Answering: {num_tokens} tokens."
+        queue = self._session.queue
+        if queue is not None and queue.waiting:
+            return f"Waiting for a place: {queue}."
         return "Reading the question."
 
     def _live(self) -> dict:

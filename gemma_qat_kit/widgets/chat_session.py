@@ -46,6 +46,7 @@ class ChatSession:
         error: What ended it, or None.
         num_used: Tokens of the context that the conversation has taken, None before the first answer.
         is_answering: Until it has ended.
+        queue: Who else waits for the model, a `Queue`; None where nobody tells.
         lost_question: A question that got no answer, to be asked again.
     """
 
@@ -63,6 +64,7 @@ class ChatSession:
         self.is_answering = self._is_stopping = False
         self.num_used: int | None = None
         self.memory_bytes: int | None = None
+        self.queue = None
         self._lock, self._ended = threading.RLock(), threading.Event()
 
     def begin(self, question: str = "", *, attachments: tuple = (), instead_of: int | None = None) -> bool:
@@ -86,6 +88,7 @@ class ChatSession:
     def run(self) -> None:
         """Wait for the answer in this thread, after `begin`; errors are kept. `end` must follow."""
         num_turns, (question, attachments, instead_of) = len(self.conversation.turns), self._asked
+        threading.Thread(target=self._watch_queue, daemon=True).start()
         try:
             answer = self._answer(question, attachments, instead_of)
             with self._lock:
@@ -102,6 +105,14 @@ class ChatSession:
         elif self.answer.reply.prompt_tokens is not None:
             self.num_used = self.answer.reply.prompt_tokens + self.answer.reply.new_tokens
         self.memory_bytes = held_bytes(self.model)
+
+    def _watch_queue(self) -> None:
+        """Ask about once a second who else waits, until the first token or for as long as somebody tells."""
+        while self.is_answering and not (self.answer and self.answer.reply.new_tokens):
+            self.queue = self.model.queue()
+            if self.queue is None or self._ended.wait(1):
+                break
+        self.queue = None
 
     def end(self) -> None:
         """Give the turn back."""
