@@ -114,7 +114,11 @@ class Model:
         top_k: int | None = None,
         seed: int | None = None,
     ) -> Reply:
-        """Continue a raw text without the chat template; the arguments are those of `stream`."""
+        """Continue a raw text without the chat template; the arguments are those of `stream`.
+
+        Raises:
+            BadSettingError: There is no text to continue, or a setting cannot be used.
+        """
         if not isinstance(prompt, str) or not prompt:
             raise BadSettingError(
                 f"{prompt!r:.200} is no prompt.", "There must be a text to continue.", "Pass some text, or use chat()."

@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import runpy
 import subprocess
 import sys
 import tomllib
@@ -10,7 +11,6 @@ from itertools import chain
 from pathlib import Path
 
 import pytest
-import yaml
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "gemma_qat_kit"
@@ -24,6 +24,7 @@ FLOORS = (
     "grid_report export testing chat",
     "classroom",
     "widgets",
+    "__main__",
 )
 
 
@@ -77,27 +78,6 @@ def test_facts_and_widgets_load_no_torch():
     assert result.stdout.strip() == "False"
 
 
-def test_conda_environments_are_in_step():
-    people, binder = (
-        yaml.safe_load((ROOT / name).read_text()) for name in ("environment.yml", "binder/environment.yml")
-    )
-    assert people["dependencies"] == binder["dependencies"]
-    assert people["channels"] == binder["channels"] == ["conda-forge"]
-
-
-def test_conda_environments_bring_what_the_package_requires():
-    requires = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    lines = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
-    listed = {_name(line) for line in [*lines[:-1], *lines[-1]["pip"]]}
-    assert {_name(line) for line in requires} - {"torch"} <= listed
-    assert "pytorch-cpu" in listed
-    assert "python=3.12" in lines
-
-
-def _name(requirement):
-    return re.split(r"[<>=;\s]", requirement)[0]
-
-
 def test_every_pin_lies_within_what_the_package_allows():
     packaging = pytest.importorskip("packaging.requirements")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -141,6 +121,13 @@ def test_readme_tree_names_every_module():
 @pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S))
 def test_readme_code_runs(block):
     exec(compile(block, "README.md", "exec"), {})
+
+
+def test_the_index_of_errors_is_what_the_code_says():
+    index = runpy.run_path(str(ROOT / "scripts" / "error_index.py"))["render"]()
+    page = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
+    assert page == index, "run: python scripts/error_index.py"
+    assert index.count("\n| ") > 200
 
 
 def test_addresses_name_one_repository():

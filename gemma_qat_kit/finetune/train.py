@@ -112,6 +112,7 @@ class WithLoss(nn.Module):
         self._softcap = getattr(module.config.get_text_config(), "final_logit_softcapping", None)
 
     def forward(self, batch: Batch) -> torch.Tensor:
+        """Return the loss over the words that are learnt, as the batch's share of the mean of its step; a scalar."""
         hidden = self.module.base_model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)[0]
         targets = batch.labels[:, 1:]
         is_asked = targets != IGNORED

@@ -59,32 +59,40 @@ class Snapshot:
 
     @property
     def repo_folder(self) -> Path:
+        """The repository's folder in the hub's cache."""
         return cache_folder() / f"models--{self.repo_id.replace('/', '--')}"
 
     @property
     def folder(self) -> Path:
+        """The folder that a loader reads."""
         return self.repo_folder / "snapshots" / self.commit
 
     @property
     def total_bytes(self) -> int:
+        """Bytes of all files, as far as the hub says."""
         return sum(file.bytes or 0 for file in self.files)
 
     @property
     def done_bytes(self) -> int:
+        """Bytes that are on the disk, unfinished files included."""
         return sum(self._bytes_here(file) for file in self.files)
 
     @property
     def missing(self) -> tuple[RepoFile, ...]:
+        """The files that are not whole on the disk."""
         return tuple(file for file in self.files if not self.is_whole(file))
 
     @property
     def is_complete(self) -> bool:
+        """Whether every file is whole on the disk."""
         return bool(self.files) and not self.missing
 
     def path(self, file: RepoFile) -> Path:
+        """Return where a file lies once it is whole."""
         return self.folder / file.name
 
     def is_whole(self, file: RepoFile) -> bool:
+        """Whether a file is on the disk with the bytes that the hub says."""
         path = self.path(file)
         return path.is_file() and file.bytes in (None, path.stat().st_size)
 

@@ -100,6 +100,7 @@ def child_error(repo_id: str, revision: str, failure: dict) -> KitError:
 
 
 def not_enough_disk(snapshot: Snapshot, needed_bytes: int, free: int) -> NotEnoughDiskError:
+    """Build the error for a download that does not fit on the disk."""
     return NotEnoughDiskError(
         f"{snapshot.repo_id} needs {readable_bytes(needed_bytes)} more and {cache_folder()} has "
         f"{readable_bytes(free)} free.",
@@ -109,6 +110,7 @@ def not_enough_disk(snapshot: Snapshot, needed_bytes: int, free: int) -> NotEnou
 
 
 def not_cached(snapshot: Snapshot) -> DownloadError:
+    """Build the error for a model that is not whole in the cache while the network is switched off."""
     missing = ", ".join([file.name for file in snapshot.missing][:3]) or "everything"
     return DownloadError(
         f"HF_HUB_OFFLINE is set and {snapshot.repo_id} is not complete in {cache_folder()} (missing: {missing}).",
@@ -118,6 +120,7 @@ def not_cached(snapshot: Snapshot) -> DownloadError:
 
 
 def file_not_listed(repo_id: str, name: str, listed: list[str]) -> DownloadError:
+    """Build the error for a file that the repository does not have, with those that it has of its kind."""
     kind = os.path.splitext(name)[1]
     near = [other for other in listed if other.endswith(kind)][:8]
     return DownloadError(

@@ -31,6 +31,7 @@ WRONG_SIZE = "Consistency check failed"  # how `http_get` begins its message, in
 
 
 def main() -> None:
+    """Do what the parent process asks on standard input, and answer in lines of JSON."""
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever a library prints must not look like an answer
 
