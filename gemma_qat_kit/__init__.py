@@ -15,6 +15,7 @@ _MODULE_OF = {
     "Model": "model",
     "Reply": "generation",
     "adapted_model": "finetune.adapted",
+    "bundle": "classroom.bundle",
     "catalog": "catalog",
     "check": "classroom.check",
     "collect_importance": "quality.post_training",
