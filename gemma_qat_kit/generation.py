@@ -88,11 +88,13 @@ class Finish:
         reason: "stop" (the model ended its turn), "length" (max_new_tokens or the context is full) or "cancelled".
         prompt_tokens: Tokens of the prompt, or None where the engine does not say.
         new_tokens: Tokens generated, or None.
+        cached_prompt_tokens: Of the prompt, those that the engine still knew from the turn before, or None.
     """
 
     reason: str
     prompt_tokens: int | None = None
     new_tokens: int | None = None
+    cached_prompt_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,7 @@ class Reply:
         new_tokens: Tokens generated.
         first_token_seconds: From the call to the first piece of text.
         seconds: From the call to the end.
+        cached_prompt_tokens: Of the prompt, those that were not read again, or None where the engine does not say.
     """
 
     text: str
@@ -116,6 +119,7 @@ class Reply:
     new_tokens: int
     first_token_seconds: float
     seconds: float
+    cached_prompt_tokens: int | None = None
 
     def __str__(self) -> str:
         return self.text
@@ -211,6 +215,7 @@ class Stream:
             new_tokens=pieces if finish.new_tokens is None else finish.new_tokens,
             first_token_seconds=(self._first or end) - self._started,
             seconds=end - self._started,
+            cached_prompt_tokens=finish.cached_prompt_tokens,
         )
 
 

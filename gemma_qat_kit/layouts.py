@@ -179,6 +179,25 @@ def gguf_tensors(config: dict, format: str = "q4_0") -> Iterator[Tensor]:
             yield Tensor(name, gguf_dtype(name, module.shape, format), module.shape)
 
 
+def reblocked_dtype(bits: int, slice_width: int) -> str:
+    """Return the ggml type that holds a mobile checkpoint's codes exactly, with so many weights under one scale."""
+    if bits == 8:
+        return "Q8_0"
+    return "Q2_K" if bits == 2 and slice_width % GROUP_BYTES["Q2_K"][1] == 0 else "Q4_0"
+
+
+def reblocked_tensors(config: dict) -> Iterator[Tensor]:
+    """Yield the tensors of the GGUF that a mobile checkpoint is re-blocked into, with a head of its own."""
+    yield Tensor("rope_freqs.weight", "F32", (config["text_config"]["global_head_dim"] // 2,))
+    for module in [*modules(config), Module("lm_head", head_shape(config), "linear")]:
+        if not is_text(module.name) or module.is_kv_shared:
+            continue
+        name, bits = gguf_name(module.name), None if module.kind == "plain" else mobile_bits(config, module.name)
+        slices = config["text_config"]["num_hidden_layers"] if "per_layer_token" in name else 1
+        dtype = reblocked_dtype(bits, module.shape[-1] // slices) if bits else gguf_dtype(name, module.shape)
+        yield Tensor(name, dtype, module.shape)
+
+
 def safetensors_bytes(tensors: Iterable[Tensor], *, has_metadata: bool = True) -> int:
     """Return the size of a .safetensors file with these tensors, its header included.
 

@@ -53,10 +53,12 @@ def load(
         per_layer_table: Where the per-layer embeddings of E2B and E4B lie: left on "disk" and looked up row by row,
             copied to the RAM of the "cpu", or a part of the model in the "memory" of its device, where QAT can round
             and train them. llama.cpp leaves them on disk; sizes without them ignore this.
-        kv_format: Of the key/value cache: "bf16", or in llama.cpp "q8_0", which takes half of it.
-        engine: None takes what the format is for. "transformers" runs q4_0 there, too, its weights left in their
-            blocks: a GGUF, or a folder with 16-bit weights, which are packed as they are read. That is what `finetune`
-            trains adapters on.
+        kv_format: Of the key/value cache: "bf16", or in llama.cpp "q8_0", which takes half of it, or "q4_0", a quarter,
+            which ruins the answers of QAT checkpoints and warns of it.
+        engine: None takes what the format is for; mobile is re-blocked for llama.cpp once, into a file beside the
+            download. "transformers" runs mobile as it is published, a slow reference, and q4_0 with its weights left in
+            their blocks: a GGUF, or a folder with 16-bit weights, which are packed as they are read. That is what
+            `finetune` trains adapters on.
         adapter: A .gguf file that `export_adapter` wrote, computed beside the weights; what runs in llama.cpp has it.
         revision: Commit, tag or branch of the repository; None keeps to the commit of the first download.
         token: Hub token, or the server's API key. Never printed.
@@ -204,10 +206,11 @@ def _run(found, format: str, engine: str, weights: int, drafter: Path | None, re
     """Start the engine."""
     if engine == "llama_cpp":
         from gemma_qat_kit.engines.llama_cpp import LlamaCppEngine
+        from gemma_qat_kit.engines.mobile_gguf import mobile_gguf
 
         layers = 0 if request.device == "cpu" else -1
         return LlamaCppEngine(
-            found.path,
+            mobile_gguf(found.path, request.report) if format == "mobile" else found.path,
             context_length=request.context_length,
             num_gpu_layers=layers,
             kv_format=request.kv_format,
@@ -230,7 +233,7 @@ def _run(found, format: str, engine: str, weights: int, drafter: Path | None, re
 
 
 def _engine_of(format: str, engine: str) -> str:
-    return "transformers" if format == "float32" else engine
+    return {"float32": "transformers", "mobile": "llama_cpp"}.get(format, engine)
 
 
 def _agreed_format(found, wanted: str | None, engine: str | None) -> str:

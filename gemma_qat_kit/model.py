@@ -56,7 +56,7 @@ class Model:
         if self.engine != "transformers":
             raise BadSettingError(
                 f"{self.name} runs in {self.engine}, which has no transformers model.",
-                "bf16, q4_0-unquantized, w4a16, mobile, nf4 and int8 have one.",
+                'bf16, q4_0-unquantized, w4a16, nf4 and int8 have one, and mobile with engine="transformers".',
                 f'Load one of these: gqk.load("{self.size or "E2B"}", "q4_0-unquantized").hf.',
             )
         return self.runner.hf
@@ -188,7 +188,9 @@ class Model:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<Model {self.name}, {self.engine}, context_length={self.context_length}>"
+        threads = getattr(self.runner, "num_threads", None)
+        engine = f"{self.engine} on {threads} thread{'s' * (threads > 1)}" if threads else self.engine
+        return f"<Model {self.name}, {engine}, context_length={self.context_length}>"
 
 
 def _finish(stream: Stream) -> Reply:

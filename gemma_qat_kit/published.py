@@ -115,7 +115,8 @@ _NOTES = {
     "q4_0": "Matrices in Q4_0, embeddings in Q6_K. Images and sound need the projector file too.",
     "q4_0-unquantized": "The QAT weights in bf16, already on the 4-bit grid: for training and conversion.",
     "w4a16": "transformers unpacks it to bf16 at the first forward: it saves download, not memory.",
-    "mobile": "transformers unpacks each weight in each forward: small and slow, a reference; it cannot be trained.",
+    "mobile": "Re-blocked for llama.cpp once, which needs torch and about as much disk again; the static ranges of the "
+    "activations are lost in that. transformers keeps them, a slow reference. It cannot be trained.",
     "nf4": "bitsandbytes makes it while loading bf16; embeddings and the experts of 26B-A4B stay 16-bit.",
     "int8": "bitsandbytes makes it while loading bf16; embeddings and the experts of 26B-A4B stay 16-bit.",
 }
@@ -159,7 +160,7 @@ def _row(size: str, format: str, suffix: str, files: tuple[CheckpointFile, ...],
         requires=requires,
         source=f"https://huggingface.co/{repo_id}/tree/main",
         source_date=CHECKED,
-        engine="llama_cpp" if format == "q4_0" else "transformers",
+        engine="llama_cpp" if format in ("q4_0", "mobile") else "transformers",
         made_from=None,
         unavailable=None,
         alternative=None,
@@ -189,7 +190,7 @@ def _chat_rows(size: str, it: _Size) -> list[Checkpoint]:
         _row(size, "q4_0", "-qat-q4_0-gguf", gguf, "xllamacpp>=2026.4"),
         stored("q4_0-unquantized", "-qat-q4_0-unquantized", it.unquantized or it.bf16, transformers),
         stored("w4a16", "-qat-w4a16-ct", (it.w4a16,), transformers, "compressed-tensors>=0.15"),
-        stored("mobile", "-qat-mobile-transformers", (it.mobile,), "transformers>=5.10.1"),
+        stored("mobile", "-qat-mobile-transformers", (it.mobile,), "xllamacpp>=2026.4", "torch>=2.6"),
         *(replace(made, format=format, notes=_NOTES[format]) for format in ("nf4", "int8")),
     ]
 

@@ -80,7 +80,12 @@ def _memory_for(row: Checkpoint, here: Machine) -> str | None:
 def _has_disk(row: Checkpoint, here: Machine) -> bool:
     if row.repo_id is None or row.repo_id in here.downloaded or here.disk_free_bytes is None:
         return True
-    return row.weights_bytes <= here.disk_free_bytes
+    return _disk_bytes(row) <= here.disk_free_bytes
+
+
+def _disk_bytes(row: Checkpoint) -> int:
+    """Bytes of the download, and of what is written beside it."""
+    return row.weights_bytes + plan_memory(row.size, row.format).written_bytes
 
 
 def _how(format: str, devices: dict[str, str], here: Machine) -> str:
@@ -95,14 +100,15 @@ def _how(format: str, devices: dict[str, str], here: Machine) -> str:
         words = f"{on_gpu}, but {', '.join(on_cpu)} on the CPU"
     if format == "q4_0" and here.gpu:
         words += "; on the GPU with a CUDA build of xllamacpp"
-    return words + {"mobile": "; slow, a reference", "w4a16": "; unpacked to 16 bits in memory"}.get(format, "")
+    more = {"mobile": "; re-blocked once, then as q4_0", "w4a16": "; unpacked to 16 bits in memory"}
+    return words + more.get(format, "")
 
 
 def _why_too_big(row: Checkpoint, here: Machine) -> str:
     """Say what the smallest size lacks, and what to do."""
     if _memory_for(row, here):
-        size, free = readable_bytes(row.weights_bytes), readable_bytes(here.disk_free_bytes)
-        return f"{row.size} is a download of {size}, disk {free} free; free some or set HF_HOME to a bigger disk"
+        size, free = readable_bytes(_disk_bytes(row)), readable_bytes(here.disk_free_bytes)
+        return f"{row.size} takes {size} on disk, disk {free} free; free some or set HF_HOME to a bigger disk"
     free = f"RAM {readable_bytes(here.ram_available_bytes)}"
     if here.gpu:
         free += f" and GPU {readable_bytes(here.gpu.free_bytes)}"
@@ -111,7 +117,7 @@ def _why_too_big(row: Checkpoint, here: Machine) -> str:
 
 def _instead(row: Checkpoint, here: Machine) -> str:
     """Name the nearest thing that does work here."""
-    for smaller in (find_checkpoint("E2B", "q4_0"), find_checkpoint(BUILT_IN_SIZE)):
+    for smaller in (*(find_checkpoint("E2B", format) for format in ("q4_0", "mobile")), find_checkpoint(BUILT_IN_SIZE)):
         if smaller != row and _device(smaller, here):
             return f"take {smaller.size if smaller.size == BUILT_IN_SIZE != row.size else smaller.key}"
     return "close other notebooks or take a machine with more"

@@ -85,7 +85,7 @@ def test_a_small_packed_matrix_is_left_as_it_is():
 
 def test_a_loaded_mobile_checkpoint_multiplies_in_chunks(tiny, monkeypatch):
     monkeypatch.setattr(transformers_mobile, "UNPACK_CHUNK", 2**14)
-    with gqk.load(tiny("E2B", "mobile")) as model:
+    with gqk.load(tiny("E2B", "mobile"), engine="transformers") as model:
         network = model.hf[0]
         chunked = [m for m in network.modules() if type(m) is transformers_mobile.ChunkedLinear]
         assert network.lm_head in chunked
@@ -102,7 +102,7 @@ def test_a_loaded_mobile_checkpoint_multiplies_in_chunks(tiny, monkeypatch):
 
 @pytest.mark.parametrize("index", [3, (3, slice(None)), (3, 5), (None, None, slice(None), slice(None)), slice(2, 4)])
 def test_a_row_of_packed_embeddings_is_that_of_the_whole(tiny, index):
-    with gqk.load(tiny("E2B", "mobile")) as model:
+    with gqk.load(tiny("E2B", "mobile"), engine="transformers") as model:
         embeddings = model.hf[0].get_input_embeddings()
         row, shape = embeddings.weight[index], embeddings.weight.shape
         embeddings.__class__ = QuantizedEmbedding
@@ -118,6 +118,6 @@ def test_a_forward_unpacks_no_more_than_the_rows_of_its_tokens(tiny, monkeypatch
         return original(self, codes, scale)
 
     monkeypatch.setattr(QuantizedEmbedding, "_dequantize_weights", noted)
-    with gqk.load(tiny("E2B", "mobile")) as model:
+    with gqk.load(tiny("E2B", "mobile"), engine="transformers") as model:
         model.hf[0](torch.tensor([[2, 105, 93]]))
     assert sorted(unpacked) == [1, 3]  # the padding's row, which the network takes in any case, and the tokens'

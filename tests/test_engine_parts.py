@@ -70,7 +70,8 @@ def test_a_log_without_buffers_has_no_parts():
     assert buffer_parts("llama_kv_cache: size = 45.00 MiB\n") == ()
 
 
-@pytest.mark.parametrize(("kv_format", "bytes_per_value"), [("bf16", 2), ("q8_0", 34 / 32)])
+@pytest.mark.parametrize(("kv_format", "bytes_per_value"), [("bf16", 2), ("q8_0", 34 / 32), ("q4_0", 18 / 32)])
+@pytest.mark.filterwarnings("ignore:kv_format")
 def test_llama_cpp_counts_every_byte_of_its_process_once(built_in, kv_format, bytes_per_value):
     with gqk.load("smollm2-135m", context_length=2048, kv_format=kv_format) as model:
         assert "Paris" in model.generate("The capital of France is", max_new_tokens=4, temperature=0).text
@@ -102,7 +103,8 @@ SUMS = """
 import sys
 import gemma_qat_kit as gqk
 from gemma_qat_kit.memory.measure_process import process_memory
-with gqk.load(sys.argv[1], sys.argv[2], per_layer_table=sys.argv[3], report=lambda progress: None) as model:
+table = {"per_layer_table": sys.argv[3], "report": lambda progress: None}
+with gqk.load(sys.argv[1], sys.argv[2], engine="transformers", **table) as model:
     model.generate("the sky", max_new_tokens=2, temperature=0)
     use, held = model.memory(), process_memory(children=False)
     rows = {(part.name, part.place): part.nbytes for part in use.placed}

@@ -88,7 +88,7 @@ def round_static(x, scale):
 def test_logits_equal_plain_transformers_bit_for_bit(tiny, size, format):
     # Same products in the same bf16 arithmetic, so nothing may differ.
     folder = tiny(size, format)
-    with gqk.load(folder) as model, torch.inference_mode():
+    with gqk.load(folder, engine="transformers") as model, torch.inference_mode():
         assert model.format == format
         logits = model.hf[0](torch.tensor([IDS])).logits[0].float()
     assert torch.equal(logits, plain_logits(size, *dequantized(folder, size, format)))
@@ -99,7 +99,7 @@ def test_logits_equal_plain_transformers_bit_for_bit(tiny, size, format):
 def test_a_mobile_checkpoint_lies_in_memory_as_it_lies_in_its_file(tiny, size):
     folder = tiny(size, "mobile")
     stored = load_file(folder / "model.safetensors")
-    with gqk.load(folder, report=lambda progress: None) as model:
+    with gqk.load(folder, engine="transformers", report=lambda progress: None) as model:
         loaded = {name: tensor for name, tensor in model.hf[0].state_dict().items() if name in stored}
         kept = [name for name, tensor in loaded.items() if "scale" in name or not tensor.is_floating_point()]
         changed = [name for name in kept if not torch.equal(loaded[name], stored[name])]

@@ -16,6 +16,7 @@ from gemma_qat_kit.errors import (
     MissingLibraryError,
 )
 from gemma_qat_kit.generation import STOP_IDS
+from gemma_qat_kit.hub.cache import cache_folder
 from gemma_qat_kit.layouts import bf16_tensors, is_text
 
 CHATTING = [
@@ -28,7 +29,8 @@ CHATTING = [
 @pytest.mark.parametrize(("size", "format"), CHATTING)
 def test_every_layout_chats(tiny, size, format):
     asked = format if format in ("nf4", "int8") else None
-    with gqk.load(tiny(size, format), asked, context_length=256) as model:
+    engine = "transformers" if format == "mobile" else None  # in llama.cpp: test_mobile_gguf.py
+    with gqk.load(tiny(size, format), asked, engine=engine, context_length=256) as model:
         pieces = list(model.stream("the sky", max_new_tokens=4, temperature=0))
         reply = model.chat([{"role": "user", "content": "the sky"}], max_new_tokens=4, temperature=0)
         assert reply.text == "".join(pieces)
@@ -70,13 +72,13 @@ def test_text_only_builds_no_tower_and_all_of_it_can_be_had(tiny):
 
 def test_size_and_repository_load_through_the_hub(tiny, hub):
     folder = tiny("E2B", "mobile")
-    hub.commit(
-        "google/gemma-4-E2B-it-qat-mobile-transformers", {file.name: file.read_bytes() for file in folder.iterdir()}
-    )
-    with gqk.load("E2B", "mobile") as model:
+    repo_id = "google/gemma-4-E2B-it-qat-mobile-transformers"
+    hub.commit(repo_id, {file.name: file.read_bytes() for file in folder.iterdir()})
+    with gqk.load("E2B", "mobile", engine="transformers") as model:
         assert (model.name, model.engine) == ("E2B mobile", "transformers")
-    with gqk.load("google/gemma-4-E2B-it-qat-mobile-transformers") as model:
-        assert model.name == "E2B mobile"
+    with gqk.load(repo_id) as model:
+        assert (model.name, model.engine) == ("E2B mobile", "llama_cpp")
+        assert model.runner.path.parent == cache_folder() / f"models--{repo_id.replace('/', '--')}" / "reblocked"
 
 
 def test_built_in_model_answers_sensibly():

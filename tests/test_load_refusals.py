@@ -80,7 +80,7 @@ def test_drafter_needs_its_folder_and_an_engine_that_drafts(tiny):
     ("format", "setting", "words"),
     [
         ("q4_0", {"per_layer_table": "cpu"}, ("per_layer_table='cpu' cannot be used", "by itself", '"disk"')),
-        ("bf16", {"kv_format": "q8_0"}, ("kv_format='q8_0' cannot be used", "llama.cpp", 'format="q4_0"')),
+        ("bf16", {"kv_format": "q8_0"}, ("kv_format='q8_0' cannot be used", "llama.cpp", 'kv_format="bf16"')),
     ],
 )
 def test_a_setting_that_the_engine_does_not_have_is_refused(tiny, format, setting, words):
@@ -230,3 +230,8 @@ def test_cancelled_answer_stops_and_the_model_goes_on(tiny):
         assert len(list(stream)) < 2000
         assert stream.reply.finish_reason == "cancelled"
         assert model.chat("sky", max_new_tokens=2).new_tokens == 2
+
+
+def test_a_cache_in_q4_0_is_warned_of_and_the_better_choice_named(tiny):
+    with pytest.warns(UserWarning, match='ruins the answers of QAT .*"q8_0" loses almost nothing'):
+        gqk.load(tiny("E2B", "q4_0"), context_length=256, kv_format="q4_0").close()

@@ -13,6 +13,7 @@ from gemma_qat_kit.layouts import (
     drafter_tensors,
     gguf_tensors,
     mobile_tensors,
+    reblocked_tensors,
     safetensors_bytes,
     w4a16_tensors,
 )
@@ -83,7 +84,8 @@ def test_a_mobile_plan_takes_its_inventory_without_unused_keys_values_and_cache_
         is_projection = module.endswith(("k_proj", "v_proj")) and f"{module}.weight" not in used
         unused += tensor.nbytes if is_projection or tensor.name.endswith("_cache_scale") else 0
     assert unused > 8 * text["num_hidden_layers"]
-    assert weights(plan_memory(size, "mobile", text_only=False)) == INVENTORIES["mobile"][size] - unused
+    plan = plan_memory(size, "mobile", engine="transformers", text_only=False)
+    assert weights(plan) == INVENTORIES["mobile"][size] - unused
 
 
 @pytest.mark.parametrize("size", INVENTORIES["drafter"])
@@ -146,22 +148,34 @@ def test_the_built_in_model_as_a_network_takes_four_bytes_for_each_number():
 @pytest.mark.parametrize("size", MOBILE_SIZES)
 @pytest.mark.parametrize("format", ["bf16", "mobile", "nf4"])
 def test_the_per_layer_table_is_where_it_is_put(size, format):
-    plans = {place: plan_memory(size, format, per_layer_table=place) for place in ("disk", "cpu", "memory")}
+    plans = {
+        place: plan_memory(size, format, engine="transformers", per_layer_table=place)
+        for place in ("disk", "cpu", "memory")
+    }
     lies = {place: [part.place for part in plan.placed if part.name == TABLE] for place, plan in plans.items()}
     assert lies == {"disk": ["disk"], "cpu": ["ram"], "memory": ["gpu"]}
     table = next(part.nbytes for part in plans["disk"].placed if part.name == TABLE)
     assert plans["memory"].total_bytes - plans["disk"].total_bytes == table
-    on_cpu = plan_memory(size, format, device="cpu", per_layer_table="memory")
+    on_cpu = plan_memory(size, format, engine="transformers", device="cpu", per_layer_table="memory")
     assert [part.place for part in on_cpu.placed if part.name == TABLE] == ["ram"]
 
 
 def test_e2b_mobile_runs_in_a_gibibyte_of_its_own_with_the_table_left_in_its_file():
     """The published "1 GB": measured 63 to 178 MiB of private memory above the interpreter with its imports."""
-    plan = plan_memory("E2B", "mobile", device="cpu", context_length=2048)
+    plan = plan_memory("E2B", "mobile", engine="transformers", device="cpu", context_length=2048)
     imports = next(p.nbytes for p in plan.placed if (p.name, p.place) == ("engine", "ram"))
     assert plan.in_place("ram") - imports < 2**30 / 4
     assert plan.in_place("ram") + plan.in_place("mapped") < 1.4 * 2**30
     assert plan.in_place("disk") > 1.1 * 2**30
+
+
+@pytest.mark.parametrize("size", MOBILE_SIZES)
+def test_a_mobile_plan_for_llama_cpp_counts_the_file_that_is_written_and_its_types(size):
+    plan, config = plan_memory(size, "mobile"), hf_config(size, "mobile")
+    assert plan.written_bytes == sum(t.nbytes for t in reblocked_tensors(config))
+    assert plan.written_bytes == pytest.approx({"E2B": 2.41e9, "E4B": 3.67e9}[size], rel=0.01)
+    assert plan_memory(size, "mobile", engine="transformers").written_bytes == 0
+    assert plan_memory(size, "q4_0").written_bytes == 0
 
 
 def test_llama_cpp_runs_without_its_pages_of_the_table_and_of_what_it_repacked():
@@ -200,7 +214,7 @@ def test_numbers_that_make_no_sense_are_refused(name, value):
     [
         ({"task": "train"}, "Unknown task 'train'"),
         ({"optimizer": "adam"}, "Did you mean 'adamw'"),
-        ({"kv_format": "q4_0"}, "Unknown kv_format"),
+        ({"kv_format": "q2_0"}, "Unknown kv_format"),
         ({"per_layer_table": "gpu"}, "Unknown per_layer_table"),
         ({"lora_targets": ("q",)}, "Did you mean 'q_proj'"),
         ({"device": "tpu"}, "Unknown device"),

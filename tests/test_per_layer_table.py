@@ -33,10 +33,10 @@ def logits(model, device="cpu"):
 )  # fmt: skip
 def test_the_logits_are_those_of_the_librarys_own_table(tiny, monkeypatch, size, format, dtype):
     monkeypatch.setattr(engine_module, "best_dtype", lambda device: dtype)  # float16 is a T4's
-    with gqk.load(tiny(size, format), format) as model:
+    with gqk.load(tiny(size, format), format, engine="transformers") as model:
         assert type(table_of(model)) is HostTable
         ours = logits(model)
-    with gqk.load(tiny(size, format), format, per_layer_table="memory") as model:
+    with gqk.load(tiny(size, format), format, engine="transformers", per_layer_table="memory") as model:
         assert type(table_of(model)) is not HostTable
         assert torch.equal(logits(model), ours)
     assert ours.dtype == dtype
@@ -49,7 +49,7 @@ def test_only_on_disk_is_it_the_files_own_pages(tiny, monkeypatch, format, place
     stored = {
         name: tensor for name, tensor in load_file(tiny("E2B", format) / "model.safetensors").items() if STEM in name
     }
-    with gqk.load(tiny("E2B", format), per_layer_table=place) as model:
+    with gqk.load(tiny("E2B", format), engine="transformers", per_layer_table=place) as model:
         held = {name: tensor for name, tensor in model.hf[0].state_dict().items() if STEM in name}
         pages = file_pages()
         is_mapped = {pages.at(tensor.data_ptr()) is not None for tensor in held.values()}
@@ -90,7 +90,7 @@ def test_a_table_that_is_not_whole_is_refused(tiny, tmp_path, format, change):
     folder = copy_of(tiny("E2B", format), tmp_path)
     save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(BrokenCheckpointError, match="per-layer embeddings are missing, or have other shapes"):
-        gqk.load(folder)
+        gqk.load(folder, engine="transformers")
 
 
 def test_modules_built_after_a_load_are_left_alone(tiny):
@@ -105,7 +105,8 @@ def test_modules_built_after_a_load_are_left_alone(tiny):
 def test_on_a_gpu_the_table_stays_outside_and_the_logits_stay(tiny, format):
     found = {}
     for place in TABLE_PLACES:
-        with gqk.load(tiny("E2B", format), format, per_layer_table=place, device="cuda") as model:
+        where = {"per_layer_table": place, "device": "cuda"}
+        with gqk.load(tiny("E2B", format), format, engine="transformers", **where) as model:
             assert {p.device.type for p in table_of(model).parameters()} == {"cuda" if place == "memory" else "cpu"}
             found[place] = logits(model, "cuda").cpu()
             assert model.chat("sky", max_new_tokens=2, temperature=0).new_tokens > 0

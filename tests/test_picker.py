@@ -60,7 +60,8 @@ def test_the_download_and_the_memory_are_those_of_the_plan(loader):
     plan = picker_facts.plan_memory("E2B", "mobile")
     facts = Picker("E2B", "mobile")._facts.value
     assert picker_facts.readable_bytes(plan.download_bytes) in facts
-    assert picker_facts.readable_bytes(plan.total_bytes) in facts
+    assert picker_facts.readable_bytes(plan.needed_bytes) in facts
+    assert f"{picker_facts.readable_bytes(plan.written_bytes)} more on disk" in facts
 
 
 @pytest.mark.parametrize(("free_bytes", "words"), [(2**40, ": fits"), (2**20, "Will not fit:")])
@@ -81,7 +82,7 @@ def test_memory_of_a_machine_that_cannot_be_read_is_left_open(loader):
 def test_a_gpu_counts_only_for_what_runs_on_it(loader):
     gpu = SimpleNamespace(name="Tesla <T4>", free_bytes=2**40)
     machine = SimpleNamespace(gpu=gpu, ram_available_bytes=2**20, formats=(), downloaded=frozenset())
-    on_gpu, on_cpu = (catalog(size="E2B", format=name, role="chat")[0] for name in ("mobile", "q4_0"))
+    on_gpu, on_cpu = (catalog(size="E2B", format=name, role="chat")[0] for name in ("bf16", "mobile"))
     assert "Tesla &lt;T4&gt;" in picker_facts.facts_html(on_gpu, machine)
     assert "Tesla" not in picker_facts.facts_html(on_cpu, machine)
 

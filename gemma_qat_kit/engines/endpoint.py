@@ -159,7 +159,7 @@ class _ServerStream:
         self._engine, self._path, self._body = engine, path, body
         self._socket: socket.socket | None = None
         self._is_cancelled = False
-        self._reason, self._counts, self._patience = None, (None, None), None
+        self._reason, self._counts, self._patience = None, (), None
 
     def __iter__(self) -> Iterator[Delta | Finish]:
         try:
@@ -237,7 +237,8 @@ class _ServerStream:
         if error := event.get("error"):
             raise self._failed(error)
         if usage := event.get("usage"):
-            counts = (usage.get(name) for name in ("prompt_tokens", "completion_tokens"))
+            cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
+            counts = usage.get("prompt_tokens"), usage.get("completion_tokens"), cached
             self._counts = [count if isinstance(count, int) else None for count in counts]
         for choice in event.get("choices") or ():
             delta = choice.get("delta") or choice

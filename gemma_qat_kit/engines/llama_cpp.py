@@ -37,8 +37,12 @@ class LlamaCppEngine(EndpointEngine):
         context_length: Tokens of prompt and answer together; llama.cpp rounds them up to a multiple of 256.
         num_gpu_layers: Layers on the GPU; -1 is all where there is one, 0 keeps the model on the CPU.
         adapter: A LoRA in a GGUF of its own, as `export_adapter` writes it, or None.
-        kv_format: Of the key/value cache: "bf16" (llama.cpp takes float16 for it) or "q8_0".
+        kv_format: Of the key/value cache: "bf16" (llama.cpp takes float16 for it), "q8_0" or "q4_0".
         report: Told how much of the file is in memory, several times a second.
+
+    Attributes:
+        path: The .gguf file.
+        num_threads: That it computes with, by a short measurement at the first load of a session.
 
     Raises:
         MissingLibraryError: xllamacpp is not installed.
@@ -62,8 +66,9 @@ class LlamaCppEngine(EndpointEngine):
     ):
         process.require_xllamacpp()
         check_context_length(context_length, longest_context(path) or _LONGEST_CONTEXT)
-        self._is_closed, self._file, self._own_bytes, self._buffers = False, path, 0, ()
+        self._is_closed, self.path, self._own_bytes, self._buffers = False, path, 0, ()
         self._scores = Scores(path, adapter, use_gpu=num_gpu_layers != 0)
+        self.num_threads = process.num_threads()
         key = secrets.token_urlsafe(24)
         self._child, self._log = process.start(_SERVER)
         self._end = weakref.finalize(self, process.end, self._child, self._log)
@@ -71,7 +76,7 @@ class LlamaCppEngine(EndpointEngine):
         try:
             order = {"path": str(path), "adapter": str(adapter or ""), "key": key, "kv_format": kv_format,
                      "context_length": int(context_length), "num_gpu_layers": num_gpu_layers,
-                     "num_threads": process.num_threads()}  # fmt: skip
+                     "num_threads": self.num_threads}  # fmt: skip
             super().__init__(self._start(order, path, report), api_key=key)
         except BaseException:
             self.close()
@@ -126,7 +131,7 @@ class LlamaCppEngine(EndpointEngine):
         pages = file_pages(self._child.pid)
         shown = [
             (m, t)
-            for m in pages.of(self._file)
+            for m in pages.of(self.path)
             for t in self._tensors
             if m.offset <= t.start < m.offset + m.end - m.start
         ]
@@ -145,7 +150,7 @@ class LlamaCppEngine(EndpointEngine):
 
     @cached_property
     def _tensors(self) -> tuple[GgufTensor, ...]:
-        return read_gguf_header(self._file).tensors
+        return read_gguf_header(self.path).tensors
 
     def _explained(self, error: KitError) -> KitError:
         """See `EndpointEngine`; also tells a server that has died from one that refuses."""

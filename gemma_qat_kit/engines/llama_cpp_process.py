@@ -1,6 +1,8 @@
 """A child process that runs llama.cpp: how it starts, why it ended, and how all of its memory comes back."""
 
 import contextlib
+import functools
+import json
 import os
 import re
 import subprocess
@@ -14,6 +16,8 @@ from gemma_qat_kit.machine import read_cpu_count
 from gemma_qat_kit.memory.measure_process import ProcessMemory, process_memory
 
 _INFORMATION = re.compile(r"[\d.]+ [IDT] ")  # what llama.cpp's log marks as such; it quotes from the file
+_THREADS = Path(__file__).with_name("llama_cpp_threads.py")
+_MEASURE_SECONDS = 10
 _NO_MEMORY = ("bad_alloc", "out of memory", "failed to allocate", "unable to allocate")
 
 
@@ -89,10 +93,26 @@ def _environment() -> dict[str, str]:
     return added | os.environ
 
 
-def num_threads() -> int | None:
-    """Return how many threads to compute with where a container has fewer cores than llama.cpp will count."""
+@functools.cache
+def num_threads() -> int:
+    """Return how many threads to compute with: measured once, in a second or less, where there is more than one core.
+
+    A llama.cpp that cannot be measured gets the cores that this process may use; a machine too busy for it, one.
+    """
     usable = read_cpu_count()
-    return usable if usable < (os.cpu_count() or 1) else None
+    candidates = sorted({2**power for power in range(usable.bit_length())} | {usable})
+    if usable == 1:
+        return 1
+    child, log = start(_THREADS)
+    try:
+        answer, _ = child.communicate(json.dumps(candidates).encode() + b"\n", timeout=_MEASURE_SECONDS)
+        return json.loads(answer)["num_threads"]
+    except subprocess.TimeoutExpired:
+        return 1
+    except (OSError, ValueError, KeyError):  # this release exports other functions
+        return usable
+    finally:
+        end(child, log)
 
 
 def is_readable(pipe: IO[bytes], seconds: float) -> bool:

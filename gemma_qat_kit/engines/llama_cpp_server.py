@@ -50,14 +50,14 @@ def _load(order: dict) -> tuple:
     params.hostnames, params.port, params.api_keys = ["127.0.0.1"], 0, [order["key"]]
     params.n_ctx, params.n_parallel = order["context_length"], 1
     params.n_gpu_layers = order["num_gpu_layers"]
-    if order["num_threads"]:
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = order["num_threads"]
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = order["num_threads"]
     params.fit_params = False  # it would shorten the context without saying so
     # It keeps copies of prompts (8 GiB), and of the sliding window as it was in up to 32 places (160 MiB each in 12B).
     # A chat goes on where it stopped without the first, and needs the second only where it is taken back a step.
     params.cache_ram_mib, params.n_ctx_checkpoints = 0, 2
-    if order["kv_format"] == "q8_0":
-        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_Q8_0
+    if order["kv_format"] != "bf16":
+        kind = getattr(xllamacpp.ggml_type, f"GGML_TYPE_{order['kv_format'].upper()}")
+        params.cache_type_k = params.cache_type_v = kind
     params.sampling.min_p = 0  # no model card asks for llama.cpp's 0.05
     params.ui = params.endpoint_slots = False
     params.verbosity = 4  # the lowest level that tells of its buffers

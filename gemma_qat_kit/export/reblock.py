@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from gemma_qat_kit.errors import BadTensorError, BrokenCheckpointError
-from gemma_qat_kit.formats import k_quants, mobile, q4_0
-from gemma_qat_kit.layouts import GROUP_BYTES
+from gemma_qat_kit.formats import mobile, q4_0
+from gemma_qat_kit.layouts import GROUP_BYTES, reblocked_dtype
 from gemma_qat_kit.weights import Weight
 
 SMALLEST_NORMAL = 2.0**-14  # of float16; smaller numbers have fewer significant bits
@@ -47,10 +47,7 @@ class MobileWeight:
     @property
     def ggml_type(self) -> str:
         """ggml's name of the type that holds these codes exactly."""
-        if self.bits == 8:
-            return "Q8_0"
-        slice_width = self.shape[-1] // self.scale.width
-        return "Q2_K" if self.bits == 2 and slice_width % k_quants.GROUP_SIZE == 0 else "Q4_0"
+        return reblocked_dtype(self.bits, self.shape[-1] // self.scale.width)
 
     def chunks(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield packed codes and float32 scales (rows, slices), some rows at a time."""

@@ -168,7 +168,7 @@ def _disk_needs(plan: MemoryPlan, budget: Budget) -> tuple[Need, ...]:
     is_here = row.repo_id is None or row.repo_id in budget.downloaded
     if is_here or plan.download_bytes is None or budget.disk_bytes is None:
         return ()
-    return (Need("disk", plan.download_bytes, budget.disk_bytes),)
+    return (Need("disk", plan.download_bytes + plan.written_bytes, budget.disk_bytes),)
 
 
 def _shortage(need: Need) -> str:

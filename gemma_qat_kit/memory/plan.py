@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from gemma_qat_kit.catalog import BUILT_IN_SIZE, find_checkpoint
+from gemma_qat_kit.catalog import BUILT_IN_SIZE, Checkpoint, find_checkpoint
 from gemma_qat_kit.errors import BadSettingError, KitError
 from gemma_qat_kit.memory.advice import cheaper_settings
 from gemma_qat_kit.memory.key_values import kv_cache_bytes
@@ -14,7 +14,7 @@ from gemma_qat_kit.memory.network import find_network
 from gemma_qat_kit.memory.parts import KEY_VALUES, Part, Parts, describe_parts, merged
 from gemma_qat_kit.memory.settings import KV_FORMATS, MemorySettings, check_context_length, check_tokens
 from gemma_qat_kit.memory.training import trained_weights, training_parts
-from gemma_qat_kit.memory.weights import weight_parts
+from gemma_qat_kit.memory.weights import weight_parts, written_bytes
 from gemma_qat_kit.memory.work import chat_parts, engine_parts
 
 _TRAINABLE = ("bf16", "q4_0-unquantized", "float32")
@@ -34,12 +34,14 @@ class MemoryPlan(Parts):
     Attributes:
         settings: What the plan is made for.
         download_bytes: Bytes of the weight files, which they take on disk, too; None where nobody knows.
+        written_bytes: Bytes of the file that is written beside them at the first load: a mobile checkpoint's GGUF.
         loaded: What of it is there once the model is loaded, before the first question.
         load_peak_bytes: Most memory at once while it is loaded.
     """
 
     settings: MemorySettings
     download_bytes: int | None
+    written_bytes: int
     loaded: Parts
     load_peak_bytes: int
 
@@ -114,10 +116,14 @@ def plan_memory(size: str, format: str | None = None, *, device: str | None = No
         BadSettingError: A number that cannot be used, or settings that exclude each other.
     """
     row = find_checkpoint(size, format)
-    is_packed = row.format == "q4_0" and settings.get("task", "chat") != "chat"  # trained where its blocks are, too
-    engine = settings.pop("engine", None) or ("transformers" if is_packed else row.engine)
+    engine = settings.pop("engine", None) or usual_engine(row, settings.get("task", "chat"))
     device = device or ("cpu" if engine == "llama_cpp" or row.size == BUILT_IN_SIZE else "cuda")
     return plan_for(MemorySettings(row.size, row.format, engine, device, **settings))
+
+
+def usual_engine(row: Checkpoint, task: str = "chat") -> str:
+    """Return what runs a checkpoint where nothing else is asked for: a Gemma is trained in transformers only."""
+    return row.engine if task == "chat" or row.size == BUILT_IN_SIZE else "transformers"
 
 
 def plan_for(settings: MemorySettings) -> MemoryPlan:
@@ -132,7 +138,7 @@ def plan_for(settings: MemorySettings) -> MemoryPlan:
     placed = merged([*weights, *engine, *work])
     loaded = loaded_parts(settings, placed)
     peak = load_peak_bytes(settings, loaded)
-    return MemoryPlan(placed, settings, row and row.weights_bytes, Parts(loaded), peak)
+    return MemoryPlan(placed, settings, row and row.weights_bytes, written_bytes(settings), Parts(loaded), peak)
 
 
 def check_possible(settings: MemorySettings) -> None:
@@ -159,8 +165,8 @@ def check_possible(settings: MemorySettings) -> None:
     if settings.kv_format != "bf16" and settings.engine != "llama_cpp":
         raise BadSettingError(
             f"{settings.engine} has no key/value cache in {settings.kv_format}.",
-            "llama.cpp has one, for q4_0.",
-            'Leave kv_format="bf16", or take the format q4_0.',
+            "llama.cpp has one, for q4_0 and mobile.",
+            'Leave kv_format="bf16", or take one of these formats in llama.cpp.',
         )
 
 

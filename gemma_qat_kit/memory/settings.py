@@ -10,8 +10,8 @@ from gemma_qat_kit.errors import BadSettingError, unknown_name
 TASKS = ("chat", "finetune", "qat")
 OPTIMIZERS = {"adamw": 8, "adamw_8bit": 2, "sgd": 0}
 """Optimizer -> bytes of its state per trained value: two float32 moments, two int8 ones, none."""
-KV_FORMATS = {"bf16": 2.0, "q8_0": 34 / 32}
-"""Format of the key/value cache -> bytes per value; bf16 stands for either 16-bit float."""
+KV_FORMATS = {"bf16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
+"""Format of the key/value cache -> bytes per value; bf16 stands for either 16-bit float. q4_0 ruins QAT weights."""
 TABLE_PLACES = ("disk", "cpu", "memory")
 DEVICES = ("cpu", "cuda")
 ENGINES = ("llama_cpp", "transformers")

@@ -15,6 +15,7 @@ from gemma_qat_kit.layouts import (
     gguf_tensors,
     is_text,
     mobile_tensors,
+    reblocked_tensors,
     w4a16_tensors,
 )
 from gemma_qat_kit.memory.network import find_network
@@ -23,6 +24,7 @@ from gemma_qat_kit.memory.settings import MemorySettings
 
 BUILT_IN_PARAMETERS = 134_515_008  # HuggingFaceTB/SmolLM2-135M-Instruct, as the hub counts them
 BUILT_IN_TENSOR_BYTES, BUILT_IN_EMBEDDING_BYTES = 96_576_768, 30_081_024  # of its Q4_1 file; embeddings are Q8_0
+_REPACKED_TYPES = ("Q4_0",)  # whose matrices llama.cpp copies into the order that its CPU kernels read
 _PACKED = "packed"  # stands for the dtypes of what w4a16 unpacks
 _BITS = {"nf4": 4.5, "int8": 8}  # bitsandbytes: a float32 scale per 64 weights; a row scale is a rounding error
 # Formats whose tensors transformers uses as they lie in the file; on a CPU it then reads the file's pages in place.
@@ -34,14 +36,28 @@ def weight_parts(settings: MemorySettings) -> tuple[Part, ...]:
     if settings.size == BUILT_IN_SIZE:
         return _built_in(settings)
     if settings.config:
-        sums = _add_up(_in_memory(settings.config, settings.format), settings.format)
+        sums = _add_up(_in_memory(settings.config, settings.format, settings.engine), settings.format)
     else:
-        sums = _sums_of_size(settings.size, settings.format, settings.text_only)
+        sums = _sums_of_size(settings.size, settings.format, settings.text_only, settings.engine)
     parts = [part for total in sums for part in _placed(total, settings)]
     if settings.drafter:
         drafter = drafter_tensors(drafter_config(settings.size))
         parts.append(Part(DRAFTER, sum(t.nbytes for t in drafter), settings.place))
     return merged(part for part in parts if not (settings.text_only and part.name in (VISION, AUDIO)))
+
+
+def written_bytes(settings: MemorySettings) -> int:
+    """Return the bytes of the file that a checkpoint is re-blocked into before it runs, 0 where it runs as it is."""
+    if (settings.engine, settings.format) != ("llama_cpp", "mobile"):
+        return 0
+    if settings.config:
+        return sum(tensor.nbytes for tensor in reblocked_tensors(settings.config))
+    return _reblocked_bytes(settings.size)
+
+
+@functools.cache
+def _reblocked_bytes(size: str) -> int:
+    return sum(tensor.nbytes for tensor in reblocked_tensors(hf_config(size, "mobile")))
 
 
 @dataclass(frozen=True)
@@ -55,11 +71,11 @@ class _Sum:
 
 
 @functools.cache
-def _sums_of_size(size: str, format: str, text_only: bool) -> tuple[_Sum, ...]:
+def _sums_of_size(size: str, format: str, text_only: bool, engine: str) -> tuple[_Sum, ...]:
     config = hf_config(size, format if format == "mobile" else "bf16")
     if text_only:  # half of the tensors are the towers'
         config = config | {"vision_config": None, "audio_config": None}
-    return _add_up(_in_memory(config, format), format)
+    return _add_up(_in_memory(config, format, engine), format)
 
 
 def _add_up(tensors: Iterator[Tensor], format: str) -> tuple[_Sum, ...]:
@@ -86,10 +102,12 @@ def _built_in(settings: MemorySettings) -> tuple[Part, ...]:
     return Part(TEXT_LAYERS, everything - embeddings, place), Part(EMBEDDINGS, embeddings, place)
 
 
-def _in_memory(config: dict, format: str) -> Iterator[Tensor]:
+def _in_memory(config: dict, format: str, engine: str) -> Iterator[Tensor]:
     """Yield the tensors that are in memory once a checkpoint is loaded and has run."""
     if format == "q4_0":
         return gguf_tensors(config)
+    if format == "mobile" and engine == "llama_cpp":
+        return reblocked_tensors(config)
     if format == "mobile":
         used = {tensor.name for tensor in bf16_tensors(config, has_shared_kv=False)}
         return (t for t in mobile_tensors(config) if not _is_shared_kv(t.name, used) and "_cache_scale" not in t.name)
@@ -139,14 +157,15 @@ def _placed(total: _Sum, settings: MemorySettings) -> Iterator[Part]:
 def _placed_by_llama_cpp(total: _Sum, settings: MemorySettings) -> Iterator[Part]:
     """Yield where llama.cpp keeps tensors of a GGUF: the whole file is read; on a CPU, Q4_0 matrices are copied."""
     name, nbytes = total.name, total.nbytes
+    is_looked_up = name == TABLE or (total.is_token_table and settings.format == "mobile")  # it has a head of its own
     if settings.device == "cuda":
-        if name != TABLE:
+        if not is_looked_up:
             yield Part(name, nbytes, "gpu")
-        if name == TABLE or total.is_token_table:  # rows are looked up on the CPU
+        if is_looked_up or total.is_token_table:  # rows are looked up on the CPU
             yield Part(name, nbytes, "mapped", is_spare=True)
         return
-    is_repacked = total.dtype == "Q4_0"
-    yield Part(name, nbytes, "mapped", is_spare=is_repacked or name == TABLE)
+    is_repacked = total.dtype in _REPACKED_TYPES and not is_looked_up
+    yield Part(name, nbytes, "mapped", is_spare=is_repacked or is_looked_up)
     if is_repacked:
         yield Part(REPACKED, nbytes, "ram")
 
@@ -162,7 +181,7 @@ def part_of(name: str) -> str:
     """Return the part of the plan that a tensor belongs to, whatever its layout's naming."""
     if "embed_tokens_per_layer" in name or "per_layer_token_embd" in name:
         return TABLE
-    if "embed_tokens" in name or "token_embd" in name or name.startswith("lm_head"):
+    if "embed_tokens" in name or "token_embd" in name or name.startswith(("lm_head", "output.")):
         return EMBEDDINGS
     if "vision" in name:
         return VISION

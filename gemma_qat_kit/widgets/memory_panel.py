@@ -12,7 +12,7 @@ from gemma_qat_kit.loading_note import last_failure
 from gemma_qat_kit.memory.budgets import KNOWN, Budget, Room, cached_plan, room, this_machine
 from gemma_qat_kit.memory.network import find_network
 from gemma_qat_kit.memory.parts import Parts
-from gemma_qat_kit.memory.plan import MemoryPlan
+from gemma_qat_kit.memory.plan import MemoryPlan, usual_engine
 from gemma_qat_kit.memory.settings import KV_FORMATS, MemorySettings
 from gemma_qat_kit.model import Model
 from gemma_qat_kit.units import readable_bytes
@@ -29,6 +29,7 @@ from gemma_qat_kit.widgets.memory_picture import (
 _TASKS = (("chat", "chat"), ("fine-tune (LoRA)", "finetune"), ("QAT, every weight", "qat"))
 _TABLES = (("left on disk", "disk"), ("in RAM", "cpu"), ("with the rest", "memory"))
 _DEVICES = (("what is usual", ""), ("the GPU", "cuda"), ("the CPU", "cpu"))
+_KV_LABELS = {"q4_0": "q4_0 (ruins QAT)"}
 _BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 _CONTEXT, _SEQUENCE = 4096, 1024
 _STALE = '<div style="opacity:.35" aria-hidden="true">{}</div>'
@@ -155,7 +156,7 @@ class MemoryPanel(widgets.VBox):
             "task": dropdown("Task", _TASKS),
             "device": dropdown("Runs on", _DEVICES),
             "per_layer_table": dropdown("Per-layer table", _TABLES),
-            "kv_format": dropdown("KV cache", tuple(KV_FORMATS)),
+            "kv_format": dropdown("KV cache", [(_KV_LABELS.get(name, name), name) for name in KV_FORMATS]),
             "text_only": box("Text only", True),
             "drafter": box("Drafter", False),
             "context": slider("Context", _lengths(2**17)),
@@ -221,7 +222,7 @@ class MemoryPanel(widgets.VBox):
         length = "context_length" if value["task"] == "chat" else "sequence_length"
         names = ("task", "per_layer_table", "kv_format", "text_only", "drafter")
         chosen = {name: value[name] for name in names} | {length: value["context"], "batch_size": value["batch"]}
-        return MemorySettings(row.size, row.format, row.engine, device, **chosen)
+        return MemorySettings(row.size, row.format, usual_engine(row, value["task"]), device, **chosen)
 
     def _choose(self) -> None:
         """Show what is chosen, and remember it; where it cannot be planned say why, and let the last picture pale."""
@@ -246,7 +247,8 @@ class MemoryPanel(widgets.VBox):
             f"{plan.settings.size} {plan.settings.format} on this machine: {here.words}. "
             f"Of {readable_bytes(plan.total_bytes)} in memory {readable_bytes(plan.needed_bytes)} are needed; "
             f"{readable_bytes(plan.load_peak_bytes)} at the peak of the load. "
-            f"The download is {readable_bytes(plan.download_bytes)}."
+            f"The download is {readable_bytes(plan.download_bytes)}"
+            f"{f', {readable_bytes(plan.written_bytes)} are written beside it' if plan.written_bytes else ''}."
         )
 
     def _figure(self, rooms: tuple[Room, ...]) -> str:

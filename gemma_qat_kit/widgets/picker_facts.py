@@ -46,6 +46,8 @@ def _download(row: Checkpoint, plan: MemoryPlan, machine: Environment) -> str:
         return f"nothing: {escape(row.repo_id)} is here already"
     num_bytes = "unknown bytes" if plan.download_bytes is None else readable_bytes(plan.download_bytes)
     made = f", made {escape(row.format)} while loading" if row.made_from else ""
+    if plan.written_bytes:
+        made = f", {readable_bytes(plan.written_bytes)} more on disk: re-blocked for llama.cpp once"
     return f"{num_bytes} from {escape(row.repo_id)} ({escape(row.license)}){made}"
 
 
