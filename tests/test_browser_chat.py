@@ -3,6 +3,9 @@
 The models are stand-ins that say what they are told; the first notebook's own test talks to the real one.
 """
 
+import os
+from pathlib import Path
+
 import pytest
 from lab import CHROMIUM, ROOT, notebook_page, photograph, run_cells, run_code
 
@@ -27,6 +30,22 @@ answer = ("# Look\n\n<script>window.hacked = 1</script><img src=x onerror='windo
           "<svg onload=window.hacked=4> $\\text{<img src=x onerror=window.hacked=5>}$ $\\frac{1}{2}$\n\n",
           "\x1b[31mred\u202e backwards\n\n```html\n<b onclick=window.hacked=6>code</b>\n```\n\n", "word " * 20000)
 widgets.ChatPanel(StandIn(name="<b>hostile</b>", answer=answer))
+"""
+REAL = """
+model = gqk.load("smollm2-135m")
+talk = gqk.Conversation("Answer in Markdown.")
+panel = widgets.ChatPanel(model, talk, seed=3, max_new_tokens=160)
+panel.ask("Show me a Python loop that adds the numbers from 1 to 10.")
+panel
+"""
+REAL_COMPARE = """
+import tempfile
+reference = gqk.load("smollm2-135m", "float32")
+naive = gqk.load(gqk.export_gguf(reference, tempfile.mkdtemp() + "/naive.gguf", "q4_0").path)
+models = {"float32": reference, "as it ships": model, "naive Q4_0": naive}
+versus = widgets.CompareChat(models, max_new_tokens=80)
+versus.ask("Why do cats purr?")
+versus
 """
 COMPARE = """
 a, b = StandIn("a", ("The ", "sky ", "is ", "blue.")), StandIn("b", ("The ", "sea ", "is ", "blue."))
@@ -117,7 +136,7 @@ def test_a_page_that_is_loaded_again_shows_the_conversation(page, panel):
     page.locator(".gqk-chat .gqk-turn-user", has_text="capital of France").wait_for()
     _ask(panel, "And of Italy?")
     panel.locator(".gqk-turn-user", has_text="And of Italy?").wait_for()
-    _wait_for_status(panel, "tokens/s")
+    _wait_for_status(panel, "the first after")
 
 
 def test_what_a_model_writes_does_nothing(page, panel):
@@ -141,6 +160,22 @@ def test_models_stand_side_by_side(page):
     assert compare.locator("mark").inner_text().strip() == "sea"
     compare.locator(".gqk-compare-replay").click()
     compare.locator(".gqk-compare-status :text('recording')").wait_for()
+
+
+def test_the_pictures_of_the_readme_can_be_drawn_again(page, tmp_path):
+    folder = ROOT / "docs" if os.environ.get("GQK_PICTURES") else Path(os.environ.get("GQK_SCREENSHOTS") or tmp_path)
+    page.set_viewport_size({"width": 1120, "height": 1400})
+    if os.environ.get("GQK_PICTURES"):  # minutes: real models answer
+        run_code(page, REAL)
+        run_code(page, REAL_COMPARE)
+        page.locator(".gqk-chat").last.locator(".gqk-chat-status :text('tokens/s')").wait_for(timeout=300_000)
+        words = ".gqk-compare-status :text('Every model has answered.')"
+        page.locator(".gqk-compare").last.locator(words).wait_for(timeout=600_000)
+    page.mouse.move(0, 0)
+    for name in ("chat", "compare"):
+        path = folder / f"{name}_panel.png"
+        page.locator(f".gqk-{name}").last.screenshot(path=path)
+        assert path.stat().st_size < 150_000
 
 
 def test_the_panels_read_well_in_the_dark_and_on_a_phone(page, tmp_path):

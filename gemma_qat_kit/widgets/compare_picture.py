@@ -25,7 +25,8 @@ def comparison_html(comparison: Comparison) -> str:
 
 
 def _pane_html(pane: Pane, comparison: Comparison, index: int) -> str:
-    colour = FORMAT_COLOURS.get(pane.format, "#888888")
+    is_naive = pane.format == "q4_0" and "naive" in pane.name.lower()  # a file does not say by which rule it was made
+    colour = FORMAT_COLOURS.get("q4_0-naive" if is_naive else pane.format, "#888888")
     agreement = comparison.agreement(index) if index else None
     return (
         f'<section class="gqk-pane" style="border-top-color:{colour}" aria-label="{escape(pane.name)}">'
