@@ -117,6 +117,15 @@ def _in_memory(config: dict, format: str, engine: str) -> Iterator[Tensor]:
     return bf16_tensors(config, has_shared_kv=False)
 
 
+def tensors_in_memory(config: dict, format: str, engine: str) -> Iterator[tuple[Tensor, int]]:
+    """Yield the tensors that an engine computes with, each with the bytes that it has in memory by then."""
+    for tensor in _in_memory(config, format, engine):
+        if format == "w4a16" and _is_packed(tensor.name):
+            continue
+        is_unpacked = format == "q4_0" and engine == "transformers" and tensor.name == "token_embd.weight"
+        yield tensor, 2 * tensor.num_values if is_unpacked else _nbytes(tensor, format)
+
+
 def _is_packed(name: str) -> bool:
     """Tell a tensor of a w4a16 checkpoint that a linear's weight is made from."""
     return name.endswith((".weight_packed", ".weight_scale", ".weight_shape"))
