@@ -14,10 +14,18 @@ from pathlib import Path
 
 import numpy as np
 
-from gemma_qat_kit.architectures import hf_config
-from gemma_qat_kit.gguf.metadata import Vocabulary, gemma_metadata
+from gemma_qat_kit.architectures import drafter_config, hf_config
+from gemma_qat_kit.gguf.metadata import Vocabulary, drafter_metadata, gemma_metadata
 from gemma_qat_kit.gguf.writer import write_gguf
-from gemma_qat_kit.layouts import Tensor, bf16_tensors, gguf_tensors, mobile_tensors, w4a16_tensors
+from gemma_qat_kit.layouts import (
+    GROUP_BYTES,
+    Tensor,
+    bf16_tensors,
+    drafter_gguf_tensors,
+    gguf_tensors,
+    mobile_tensors,
+    w4a16_tensors,
+)
 from gemma_qat_kit.testing import CHAT_TEMPLATE, tiny_tokenizer, write_settings
 
 CHUNK_BYTES = 2**26
@@ -83,6 +91,14 @@ def _write_gguf(path: Path, config: dict) -> Path:
     return path
 
 
+def write_random_drafter(path: Path, size: str, model: Path) -> Path:
+    """Write the GGUF of a drafter with random weights for the GGUF of a model, and return its path."""
+    config = drafter_config(size)
+    tensors = ((t, lambda t=t: [gguf_data(t)]) for t in drafter_gguf_tensors(config))
+    write_gguf(path, drafter_metadata(config, model), tensors, overwrite=True)
+    return path
+
+
 def gguf_data(tensor: Tensor) -> np.ndarray:
     """Return one tensor's bytes for a GGUF: random codes with a scale that keeps activations tame."""
     random = np.random.default_rng(len(tensor.name))
@@ -91,13 +107,12 @@ def gguf_data(tensor: Tensor) -> np.ndarray:
     if tensor.dtype == "BF16":
         values = 0.02 * random.standard_normal(tensor.shape, dtype=np.float32)
         return (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
-    group_bytes, scale_at = {"Q4_0": (18, 0), "Q6_K": (210, 208)}[tensor.dtype]
-    row = math.prod(tensor.shape[-1:]) // {"Q4_0": 32, "Q6_K": 256}[tensor.dtype] * group_bytes
+    group_bytes, group_size = GROUP_BYTES[tensor.dtype]
+    scale_at, scale = {"Q4_0": (0, 2e-3), "Q6_K": (208, 2e-5), "Q8_0": (0, 3e-4)}[tensor.dtype]
+    row = math.prod(tensor.shape[-1:]) // group_size * group_bytes
     block = np.frombuffer(random.bytes(min(tensor.nbytes, CHUNK_BYTES // group_bytes * group_bytes)), np.uint8)
     data = np.resize(block, (tensor.nbytes // group_bytes, group_bytes))
-    data[:, scale_at : scale_at + 2] = np.frombuffer(
-        np.float16(0.002 if group_bytes == 18 else 2e-5).tobytes(), np.uint8
-    )
+    data[:, scale_at : scale_at + 2] = np.frombuffer(np.float16(scale).tobytes(), np.uint8)
     return data.reshape(*tensor.shape[:-1], row)
 
 

@@ -68,7 +68,7 @@ def _inspect(path: Path) -> LocalCheckpoint:
         )
     if path.is_file():
         return _inspect_gguf(path)
-    models = sorted(file for file in path.glob("*.gguf") if "mmproj" not in file.name)
+    models = sorted(file for file in path.glob("*.gguf") if not _is_beside(file.name))
     if len(models) > 1:
         raise BrokenCheckpointError(
             f"{path} holds {len(models)} GGUF models: {', '.join(file.name for file in models)}.",
@@ -76,6 +76,11 @@ def _inspect(path: Path) -> LocalCheckpoint:
             "Pass the path of the file you mean.",
         )
     return _inspect_gguf(models[0]) if models else _inspect_folder(path)
+
+
+def _is_beside(name: str) -> bool:
+    """Tell the file of a projector or an MTP drafter, which lies beside a model's."""
+    return "mmproj" in name or name.startswith(("drafter", "mtp-"))
 
 
 def _inspect_gguf(path: Path) -> LocalCheckpoint:

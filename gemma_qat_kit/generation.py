@@ -89,12 +89,16 @@ class Finish:
         prompt_tokens: Tokens of the prompt, or None where the engine does not say.
         new_tokens: Tokens generated, or None.
         cached_prompt_tokens: Of the prompt, those that the engine still knew from the turn before, or None.
+        drafted_tokens: Tokens that an MTP drafter proposed, or None where there was none.
+        accepted_tokens: Of these, what the model would have said, too.
     """
 
     reason: str
     prompt_tokens: int | None = None
     new_tokens: int | None = None
     cached_prompt_tokens: int | None = None
+    drafted_tokens: int | None = None
+    accepted_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,8 @@ class Reply:
         first_token_seconds: From the call to the first piece of text.
         seconds: From the call to the end.
         cached_prompt_tokens: Of the prompt, those that were not read again, or None where the engine does not say.
+        drafted_tokens: Tokens that an MTP drafter proposed so far, or None where there was none.
+        accepted_tokens: Of these, what the model would have said, too.
     """
 
     text: str
@@ -120,6 +126,8 @@ class Reply:
     first_token_seconds: float
     seconds: float
     cached_prompt_tokens: int | None = None
+    drafted_tokens: int | None = None
+    accepted_tokens: int | None = None
 
     def __str__(self) -> str:
         return self.text
@@ -135,9 +143,17 @@ class Reply:
         decoding = self.seconds - self.first_token_seconds
         return (self.new_tokens - 1) / decoding if self.new_tokens > 1 and decoding > 0 else 0.0
 
+    @property
+    def acceptance_rate(self) -> float | None:
+        """Share of the drafted tokens that the model took, 0 to 1; None where nothing was drafted."""
+        return self.accepted_tokens / self.drafted_tokens if self.drafted_tokens else None
+
 
 class EngineStream(Protocol):
-    """What an engine returns for one request: an iterator of Deltas that ends with a Finish, and a way to stop it."""
+    """What an engine returns for one request: an iterator of Deltas that ends with a Finish, and a way to stop it.
+
+    One that drafts also has `drafts`: the tokens drafted and accepted so far, or (None, None).
+    """
 
     def __iter__(self) -> Iterator[Delta | Finish]: ...
 
@@ -204,7 +220,8 @@ class Stream:
     @property
     def reply(self) -> Reply:
         """The answer so far; complete once the iteration has ended."""
-        finish = self._finish or Finish("unfinished")
+        drafted, accepted = getattr(self.source, "drafts", (None, None))
+        finish = self._finish or Finish("unfinished", drafted_tokens=drafted, accepted_tokens=accepted)
         end = self._ended or time.perf_counter()
         pieces = len(self._answer) + len(self._thoughts)
         return Reply(
@@ -216,6 +233,8 @@ class Stream:
             first_token_seconds=(self._first or end) - self._started,
             seconds=end - self._started,
             cached_prompt_tokens=finish.cached_prompt_tokens,
+            drafted_tokens=finish.drafted_tokens,
+            accepted_tokens=finish.accepted_tokens,
         )
 
 

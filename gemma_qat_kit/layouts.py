@@ -137,12 +137,13 @@ GGUF_NAMES = {
     "embed_tokens": "token_embd", "embed_tokens_per_layer": "per_layer_token_embd",
     "per_layer_model_projection": "per_layer_model_proj", "per_layer_projection_norm": "per_layer_proj_norm",
     "norm": "output_norm", "lm_head": "output",
+    "pre_projection": "nextn.pre_projection", "post_projection": "nextn.post_projection",
 }  # fmt: skip
 
 
 def gguf_name(name: str) -> str:
-    """Return the GGUF name of a text parameter, given its module or tensor name."""
-    name = name.removeprefix("model.language_model.").removesuffix(".weight")
+    """Return the GGUF name of a parameter of a text model or drafter, given its module or tensor name."""
+    name = name.removeprefix("model.").removeprefix("language_model.").removesuffix(".weight")
     block, part = "", name
     if match := re.fullmatch(r"layers\.(\d+)\.(.+)", name):
         block, part = f"blk.{match[1]}.", match[2]
@@ -196,6 +197,15 @@ def reblocked_tensors(config: dict) -> Iterator[Tensor]:
         slices = config["text_config"]["num_hidden_layers"] if "per_layer_token" in name else 1
         dtype = reblocked_dtype(bits, module.shape[-1] // slices) if bits else gguf_dtype(name, module.shape)
         yield Tensor(name, dtype, module.shape)
+
+
+def drafter_gguf_tensors(config: dict) -> Iterator[Tensor]:
+    """Yield the tensors of an MTP drafter's GGUF, in Q8_0; llama.cpp scores every word, so no centroids."""
+    yield Tensor("rope_freqs.weight", "F32", (config["text_config"]["global_head_dim"] // 2,))
+    for tensor in drafter_tensors(config):
+        if not tensor.name.startswith("masked_embedding."):
+            name = gguf_name(tensor.name)
+            yield Tensor(name, gguf_dtype(name, tensor.shape, "q8_0"), tensor.shape)
 
 
 def safetensors_bytes(tensors: Iterable[Tensor], *, has_metadata: bool = True) -> int:

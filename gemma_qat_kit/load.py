@@ -13,6 +13,7 @@ from gemma_qat_kit.catalog import (
     catalog_checkpoint_for_repo,
     find_checkpoint,
 )
+from gemma_qat_kit.drafter import matching_drafter, published_drafter
 from gemma_qat_kit.engines.request import Request
 from gemma_qat_kit.errors import BadSettingError, MissingLibraryError
 from gemma_qat_kit.loading_note import guarded_load
@@ -48,7 +49,8 @@ def load(
         format: A format of the catalog. None takes q4_0 of a size, and whatever lies at a path.
         text_only: Leave the vision and audio towers unread; saves up to 1.1 GiB.
         context_length: Tokens of prompt and answer together.
-        drafter: Generate with the MTP drafter that belongs to the model (formats that run in transformers).
+        drafter: Generate with the MTP drafter that belongs to the model: the catalog's, or of a local checkpoint what
+            lies beside it as `drafter.gguf` (llama.cpp) or folder `drafter`. `model.drafter_note` says whether it pays.
         device: "auto", "cpu" or "cuda".
         per_layer_table: Where the per-layer embeddings of E2B and E4B lie: left on "disk" and looked up row by row,
             copied to the RAM of the "cpu", or a part of the model in the "memory" of its device, where QAT can round
@@ -98,10 +100,11 @@ def _load(request: Request) -> Model:
             raise _drafter_alone(row)
         engine = request.chosen_engine(row.key, row.format, row.engine)
         request.check_memory(row.key, row.size, row.format, engine)
+        if request.drafter:
+            published_drafter(row)  # refuses a size that has none
     path = _fetch(row, request)
-    drafter = _fetch_drafter(row, request) if request.drafter else None
     with load_receipt(request) as loaded:
-        return loaded(_load_local(path, row, drafter, request))
+        return loaded(_load_local(path, row, request))
 
 
 def _catalog_row(request: Request) -> Checkpoint | None:
@@ -160,23 +163,6 @@ def built_in_checkpoint() -> Path:
     return path
 
 
-def _fetch_drafter(row: Checkpoint | None, request: Request) -> Path:
-    """Return the folder of the drafter that belongs to a checkpoint: the QAT one for QAT weights."""
-    if row is None:
-        folder = Path(request.source).expanduser() / "drafter"
-        if not folder.is_dir():
-            raise BadSettingError(
-                f"{folder} does not exist.",
-                "The drafter of a local checkpoint lies in its folder 'drafter'.",
-                "Put it there, or load without drafter=True.",
-            )
-        return folder
-    from gemma_qat_kit.download import download
-
-    kind = "q4_0-unquantized" if row.format in ("q4_0-unquantized", "w4a16") else "bf16"
-    return download(find_checkpoint(row.size, kind, role="drafter"), token=request.token, report=request.report)
-
-
 def _drafter_alone(row: Checkpoint) -> BadSettingError:
     return BadSettingError(
         f"{row.repo_id} is an MTP drafter.",
@@ -185,7 +171,7 @@ def _drafter_alone(row: Checkpoint) -> BadSettingError:
     )
 
 
-def _load_local(path: Path, row: Checkpoint | None, drafter: Path | None, request: Request) -> Model:
+def _load_local(path: Path, row: Checkpoint | None, request: Request) -> Model:
     """Look at what lies at a path and hand it to its engine."""
     from gemma_qat_kit.checkpoint import inspect_checkpoint
 
@@ -196,6 +182,9 @@ def _load_local(path: Path, row: Checkpoint | None, drafter: Path | None, reques
     engine = request.chosen_engine(row.key if row else request.source, format, _engine_of(format, found.engine))
     if row is None:
         request.check_memory(request.source, size, format, engine, weights - found.looked_up_bytes)
+    drafter = None
+    if request.drafter:
+        drafter = matching_drafter(found.path, row, engine, token=request.token, report=request.report)
     with guarded_load(request.memory_settings(size, format, engine)):
         runner = _run(found, format, engine, weights, drafter, request)
     sampling = find_checkpoint(BUILT_IN_SIZE).sampling if size == BUILT_IN_SIZE else _GEMMA
@@ -215,6 +204,7 @@ def _run(found, format: str, engine: str, weights: int, drafter: Path | None, re
             num_gpu_layers=layers,
             kv_format=request.kv_format,
             adapter=request.adapter,
+            drafter=drafter,
             report=request.report,
         )
     from gemma_qat_kit.engines.transformers import TransformersEngine

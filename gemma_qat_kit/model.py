@@ -47,6 +47,12 @@ class Model:
         return self.runner.context_length
 
     @property
+    def drafter_note(self) -> str | None:
+        """Whether the MTP drafter pays here, and is on, as a sentence with both speeds; None without a drafter."""
+        drafting = getattr(self.runner, "drafting", None)
+        return drafting.note if drafting else None
+
+    @property
     def hf(self) -> tuple:
         """The plain (model, processor) of transformers.
 

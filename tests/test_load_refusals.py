@@ -67,12 +67,8 @@ def test_folder_with_a_sizes_name_does_not_hide_the_size(tmp_path, monkeypatch):
         assert model.name == "smollm2-135m q4_1"
 
 
-def test_drafter_needs_its_folder_and_an_engine_that_drafts(tiny):
-    with pytest.raises(BadSettingError, match="folder 'drafter'"):
-        gqk.load(tiny("12B", "bf16"), drafter=True)
-    with pytest.raises(BadSettingError, match="neither drafts nor sees images yet"):
-        gqk.load("E2B", "q4_0", drafter=True)
-    with pytest.raises(BadSettingError, match="neither drafts nor sees images yet"):
+def test_llama_cpp_sees_no_images(tiny):
+    with pytest.raises(BadSettingError, match="sees no images yet"):
         gqk.load(tiny("E2B", "q4_0"), text_only=False)
 
 

@@ -142,8 +142,8 @@ def test_the_tokenizer_of_a_gguf_is_that_of_its_folder(tiny, load, size):
 
 def test_what_is_packed_cannot_have_what_a_gguf_has_not(tiny):
     path = str(tiny("E2B", "q4_0"))
-    for source, options, message in (("E2B", {"drafter": True}, "text model without a drafter"),
-                                     (path, {"text_only": False}, "text model without a drafter"),
+    for source, options, message in (("E2B", {"text_only": False}, "in Q4_0 blocks is a text model"),
+                                     (path, {"text_only": False}, "in Q4_0 blocks is a text model"),
                                      (path, {"kv_format": "q8_0"}, "runs in transformers")):  # fmt: skip
         with pytest.raises(BadSettingError, match=message):
             gqk.load(source, "q4_0", engine="transformers", **options)

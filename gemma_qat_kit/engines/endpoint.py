@@ -37,6 +37,7 @@ class EndpointEngine(Server):
     """
 
     name = "endpoint"
+    _answering = contextlib.nullcontext  # entered with a stream before its request, left after its end
     gather_seconds = 0.0  # text is shown as it comes
     first_token_seconds = 3600.0
     """Longest wait for the first piece of an answer: others may come first, and a long prompt is read for minutes."""
@@ -45,7 +46,7 @@ class EndpointEngine(Server):
 
     def __init__(self, url: str, api_key: str | None = None, model: str | None = None):
         super().__init__(url, api_key)
-        self._is_closed, self._counters = False, list(_COUNTERS)
+        self._is_closed, self._counters, self.asks_also = False, list(_COUNTERS), {}  # the last: in every request
         entry = {"id": model} if model else self._first_model()
         about = entry.get("meta")
         length = about.get("n_ctx") if isinstance(about, dict) else entry.get("max_model_len")  # llama.cpp, vLLM
@@ -77,6 +78,7 @@ class EndpointEngine(Server):
             "temperature": settings.temperature,
             "top_p": settings.top_p,
             "top_k": settings.top_k if settings.temperature else 1,  # spares sorting the whole vocabulary
+            **self.asks_also,
         }
         if settings.seed is not None:
             body["seed"] = settings.seed
@@ -159,9 +161,19 @@ class _ServerStream:
         self._engine, self._path, self._body = engine, path, body
         self._socket: socket.socket | None = None
         self._is_cancelled = False
-        self._reason, self._counts, self._patience = None, (), None
+        self._reason, self._counts, self._patience, self.timings = None, (), None, {}
+
+    @property
+    def drafts(self) -> tuple[int | None, int | None]:
+        """Tokens drafted and accepted so far, where the server is llama.cpp and drafts; else (None, None)."""
+        found = (self.timings.get("draft_n"), self.timings.get("draft_n_accepted"))
+        return found if all(isinstance(count, int) for count in found) else (None, None)
 
     def __iter__(self) -> Iterator[Delta | Finish]:
+        with self._engine._answering(self):
+            yield from self._answer()
+
+    def _answer(self) -> Iterator[Delta | Finish]:
         try:
             if not self._is_cancelled:
                 yield from self._deltas()
@@ -170,7 +182,8 @@ class _ServerStream:
         except KitError as err:
             if not self._is_cancelled:
                 raise self._engine._explained(err) from err.__cause__
-        yield Finish(self._reason or "cancelled", *self._counts)
+        drafts = dict(zip(("drafted_tokens", "accepted_tokens"), self.drafts, strict=True))
+        yield Finish(self._reason or "cancelled", *self._counts, **drafts)
 
     def _deltas(self) -> Iterator[Delta]:
         """Send the request and yield the pieces of the answer."""
@@ -240,6 +253,8 @@ class _ServerStream:
             cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
             counts = usage.get("prompt_tokens"), usage.get("completion_tokens"), cached
             self._counts = [count if isinstance(count, int) else None for count in counts]
+        if isinstance(timings := event.get("timings"), dict):  # llama.cpp's
+            self.timings = timings
         for choice in event.get("choices") or ():
             delta = choice.get("delta") or choice
             if thought := delta.get("reasoning_content") or delta.get("reasoning"):

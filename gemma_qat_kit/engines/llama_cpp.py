@@ -8,19 +8,23 @@ signal handlers away from Python's Ctrl-C.
 import contextlib
 import json
 import secrets
+import statistics
 import subprocess
+import threading
 import weakref
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
 from gemma_qat_kit.engines import llama_cpp_process as process
+from gemma_qat_kit.engines.drafting import Drafting
 from gemma_qat_kit.engines.endpoint import EndpointEngine
 from gemma_qat_kit.engines.llama_cpp_buffers import buffer_parts
 from gemma_qat_kit.engines.llama_cpp_scores import Scores
 from gemma_qat_kit.engines.resident import file_pages
 from gemma_qat_kit.errors import EndpointError, KitError
 from gemma_qat_kit.gguf.header import GgufTensor, longest_context, read_gguf_header
-from gemma_qat_kit.memory.parts import ACTIVATIONS, ENGINE, Part, merged
+from gemma_qat_kit.memory.parts import ACTIVATIONS, DRAFTER, ENGINE, Part, merged
 from gemma_qat_kit.memory.settings import check_context_length
 from gemma_qat_kit.memory.weights import part_of
 from gemma_qat_kit.progress import Progress, Report
@@ -38,6 +42,8 @@ class LlamaCppEngine(EndpointEngine):
         num_gpu_layers: Layers on the GPU; -1 is all where there is one, 0 keeps the model on the CPU.
         adapter: A LoRA in a GGUF of its own, as `export_adapter` writes it, or None.
         kv_format: Of the key/value cache: "bf16" (llama.cpp takes float16 for it), "q8_0" or "q4_0".
+        drafter: GGUF of the MTP drafter to generate with, or None; where it does not pay, the server starts again
+            without it before the next answer, because llama.cpp's cannot be told to stop drafting.
         report: Told how much of the file is in memory, several times a second.
 
     Attributes:
@@ -62,6 +68,7 @@ class LlamaCppEngine(EndpointEngine):
         num_gpu_layers: int = -1,
         kv_format: str = "bf16",
         adapter: Path | None = None,
+        drafter: Path | None = None,
         report: Report | None = None,
     ):
         process.require_xllamacpp()
@@ -69,19 +76,25 @@ class LlamaCppEngine(EndpointEngine):
         self._is_closed, self.path, self._own_bytes, self._buffers = False, path, 0, ()
         self._scores = Scores(path, adapter, use_gpu=num_gpu_layers != 0)
         self.num_threads = process.num_threads()
-        key = secrets.token_urlsafe(24)
+        self._num_answering, self._lock, self.drafting = 0, threading.RLock(), None
+        self._order = {"path": str(path), "adapter": str(adapter or ""), "drafter": str(drafter or ""),
+                       "key": secrets.token_urlsafe(24), "kv_format": kv_format, "context_length": int(context_length),
+                       "num_gpu_layers": num_gpu_layers, "num_threads": self.num_threads}  # fmt: skip
+        self._launch(report)
+
+    def _launch(self, report: Report | None = None) -> None:
+        """Start a child and let it load."""
         self._child, self._log = process.start(_SERVER)
         self._end = weakref.finalize(self, process.end, self._child, self._log)
         self._end.atexit = False  # the child notices by itself
         try:
-            order = {"path": str(path), "adapter": str(adapter or ""), "key": key, "kv_format": kv_format,
-                     "context_length": int(context_length), "num_gpu_layers": num_gpu_layers,
-                     "num_threads": self.num_threads}  # fmt: skip
-            super().__init__(self._start(order, path, report), api_key=key)
+            super().__init__(self._start(self._order, self.path, report), api_key=self._order["key"])
+            if self._order["drafter"]:
+                self.drafting, self.asks_also = Drafting(self._plain_speed()), {"timings_per_token": True}
         except BaseException:
             self.close()
             raise
-        self.context_length = self.context_length or context_length
+        self.context_length = self.context_length or self._order["context_length"]
 
     def _start(self, order: dict, path: Path, report: Report | None) -> str:
         """Tell the child what to load and wait until it answers with its address."""
@@ -99,6 +112,30 @@ class LlamaCppEngine(EndpointEngine):
         if report:
             report(Progress("loading", total, total))
         return answer["address"]
+
+    def _plain_speed(self) -> float:
+        """Return the tokens/s without drafts: of an answer of two tokens, llama.cpp drafts neither."""
+        asked = {"prompt": "The", "max_tokens": 2, "temperature": 0, "top_k": 1, "ignore_eos": True}
+        answers = [json.loads(self._read("/v1/completions", json.dumps(asked))) for _ in range(5)]
+        return 1000 / statistics.median(answer["timings"]["predicted_ms"] for answer in answers)
+
+    @contextlib.contextmanager
+    def _answering(self, stream) -> Iterator[None]:
+        """Start again without a drafter that does not pay, if nobody is answered now; then time the answer."""
+        with self._lock:
+            is_free = not (self._num_answering or self._is_closed)
+            if is_free and self._order["drafter"] and not self.drafting.is_on:
+                self._order["drafter"] = ""
+                self._end()
+                self._launch()
+            self._num_answering += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._num_answering -= 1
+            if self.drafting and stream.timings.get("draft_n"):
+                self.drafting.record(stream.timings["predicted_n"] - 1, stream.timings["predicted_ms"] / 1000)
 
     def tokenize(self, text: str) -> list[int]:
         """Return the token ids of a text, with the first token that the model wants."""
@@ -130,13 +167,13 @@ class LlamaCppEngine(EndpointEngine):
     def _file_parts(self) -> list[Part]:
         pages = file_pages(self._child.pid)
         shown = [
-            (m, t)
-            for m in pages.of(self.path)
-            for t in self._tensors
+            (m, t, name)
+            for file, t, name in self._tensors
+            for m in pages.of(file)
             if m.offset <= t.start < m.offset + m.end - m.start
         ]
-        resident = pages.resident_bytes((m.start + t.start - m.offset, t.nbytes) for m, t in shown)
-        return [Part(part_of(t.name), nbytes, "mapped") for (_, t), nbytes in zip(shown, resident, strict=True)]
+        resident = pages.resident_bytes((m.start + t.start - m.offset, t.nbytes) for m, t, _ in shown)
+        return [Part(name, nbytes, "mapped") for (_, _, name), nbytes in zip(shown, resident, strict=True)]
 
     def _private_parts(self, ram: int) -> list[Part]:
         """Share out the child's private bytes: a buffer counts as far as it can have been touched."""
@@ -149,8 +186,11 @@ class LlamaCppEngine(EndpointEngine):
         return [*parts, Part(ENGINE, rest + self._scores.private_bytes, "ram")]
 
     @cached_property
-    def _tensors(self) -> tuple[GgufTensor, ...]:
-        return read_gguf_header(self.path).tensors
+    def _tensors(self) -> list[tuple[Path, GgufTensor, str]]:
+        """Every tensor with its file and its part; a drafter's stay here when it is switched off, without pages."""
+        found = [(self.path, tensor, part_of(tensor.name)) for tensor in read_gguf_header(self.path).tensors]
+        drafter = Path(self._order["drafter"])
+        return found + [(drafter, t, DRAFTER) for t in (read_gguf_header(drafter).tensors if drafter.is_file() else ())]
 
     def _explained(self, error: KitError) -> KitError:
         """See `EndpointEngine`; also tells a server that has died from one that refuses."""
@@ -167,6 +207,7 @@ class LlamaCppEngine(EndpointEngine):
 
     def close(self) -> None:
         """End the child and free all of its memory, as also happens to a model that is no longer referred to."""
-        self._is_closed = True
-        self._scores.close()
-        self._end()
+        with self._lock:  # not while it starts again
+            self._is_closed = True
+            self._scores.close()
+            self._end()

@@ -3,7 +3,7 @@
 import re
 from typing import NamedTuple
 
-from gemma_qat_kit.memory.parts import ACTIVATIONS, KEY_VALUES, LOGITS, REPACKED, TEXT_LAYERS, Part, merged
+from gemma_qat_kit.memory.parts import ACTIVATIONS, DRAFTER, KEY_VALUES, LOGITS, REPACKED, TEXT_LAYERS, Part, merged
 from gemma_qat_kit.memory.work import MIB
 
 # "load_tensors:   CPU_Mapped model buffer size =    92.10 MiB"
@@ -33,8 +33,13 @@ def find_buffers(log: str) -> tuple[Buffer, ...]:
 
 
 def buffer_parts(log: str) -> tuple[Part, ...]:
-    """Return the buffers as parts. The weights count as text layers: llama.cpp does not say which tensor is where."""
-    return merged(Part(_name(buffer), buffer.nbytes, _place(buffer)) for buffer in find_buffers(log))
+    """Return the buffers as parts. The weights count as text layers: llama.cpp does not say which tensor is where.
+
+    A drafter's come last; what it computes with counts as its own, and keys and values it reads from the model.
+    """
+    log, _, of_drafter = log.partition("loading draft model")
+    parts = [Part(_name(buffer), buffer.nbytes, _place(buffer)) for buffer in find_buffers(log)]
+    return merged([*parts, *(Part(DRAFTER, buffer.nbytes, _place(buffer)) for buffer in find_buffers(of_drafter))])
 
 
 def _name(buffer: Buffer) -> str:

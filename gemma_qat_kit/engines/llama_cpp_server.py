@@ -55,9 +55,16 @@ def _load(order: dict) -> tuple:
     # It keeps copies of prompts (8 GiB), and of the sliding window as it was in up to 32 places (160 MiB each in 12B).
     # A chat goes on where it stopped without the first, and needs the second only where it is taken back a step.
     params.cache_ram_mib, params.n_ctx_checkpoints = 0, 2
-    if order["kv_format"] != "bf16":
-        kind = getattr(xllamacpp.ggml_type, f"GGML_TYPE_{order['kv_format'].upper()}")
-        params.cache_type_k = params.cache_type_v = kind
+    kv_format = "F16" if order["kv_format"] == "bf16" else order["kv_format"].upper()
+    kind = getattr(xllamacpp.ggml_type, f"GGML_TYPE_{kv_format}")
+    params.cache_type_k = params.cache_type_v = kind
+    if order["drafter"]:
+        draft = params.speculative.draft
+        draft.mparams.path, draft.n_gpu_layers = order["drafter"], order["num_gpu_layers"]
+        draft.cache_type_k = draft.cache_type_v = kind  # it reads the model's own
+        if order["num_threads"]:
+            draft.cpuparams.n_threads = draft.cpuparams_batch.n_threads = order["num_threads"]
+        params.speculative.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_DRAFT_MTP]
     params.sampling.min_p = 0  # no model card asks for llama.cpp's 0.05
     params.ui = params.endpoint_slots = False
     params.verbosity = 4  # the lowest level that tells of its buffers

@@ -72,20 +72,20 @@ class Request:
                 f'Leave engine="{usual}".',
             )
         self._check_engine(name, engine)
-        if format == "q4_0" and engine != usual and (self.drafter or not self.text_only):
+        if format == "q4_0" and engine != usual and not self.text_only:
             raise BadSettingError(
-                f"{name} in Q4_0 blocks is a text model without a drafter.",
-                "A GGUF holds neither; drafter=True and text_only=False work with the 16-bit weights.",
-                'Leave them out, or take format="q4_0-unquantized".',
+                f"{name} in Q4_0 blocks is a text model.",
+                "A GGUF holds no tower; text_only=False works with the 16-bit weights.",
+                'Leave it out, or take format="q4_0-unquantized".',
             )
         return engine
 
     def _check_engine(self, name: str, engine: str) -> None:
-        if engine == "llama_cpp" and (self.drafter or not self.text_only):
+        if engine == "llama_cpp" and not self.text_only:
             raise BadSettingError(
-                f"{name} runs in llama.cpp, where this kit neither drafts nor sees images yet.",
-                "drafter=True and text_only=False work with the formats that run in transformers.",
-                'Leave them out, or take format="q4_0-unquantized"; of mobile, engine="transformers".',
+                f"{name} runs in llama.cpp, where this kit sees no images yet.",
+                "text_only=False works with the formats that run in transformers.",
+                'Leave it out, or take format="q4_0-unquantized"; of mobile, engine="transformers".',
             )
         if engine == "llama_cpp" and self.per_layer_table != "disk":
             raise BadSettingError(

@@ -10,6 +10,7 @@ import urllib.parse
 from gemma_qat_kit.errors import BadSettingError, EndpointError, KitError
 
 CONNECT_SECONDS = 10
+ANSWER_SECONDS = 600  # to something that is computed, perhaps with weights that are still to be read from the disk
 MAX_BYTES = 2**24  # of one answer that is read whole, or one event of a streamed one
 
 
@@ -72,11 +73,13 @@ class Server:
         except (ValueError, RecursionError) as err:
             raise self._not_a_server() from err
 
-    def _read(self, path: str) -> bytes:
-        """Return what lies at a path."""
+    def _read(self, path: str, body: str | None = None) -> bytes:
+        """Return what lies at a path, or answers a body that is sent to it."""
         connection = self._connect()
         try:
-            return self._request(connection, "GET", path).read(MAX_BYTES)
+            if body is not None:
+                connection.sock.settimeout(ANSWER_SECONDS)
+            return self._request(connection, "POST" if body else "GET", path, body).read(MAX_BYTES)
         except KitError:
             raise
         except (OSError, http.client.HTTPException) as err:

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from gemma_qat_kit.engines import transformers_traps as traps
 from gemma_qat_kit.engines.allocator import give_freed_memory_back
+from gemma_qat_kit.engines.drafting import Drafting
 from gemma_qat_kit.engines.half import keep_sums_in_float32
 from gemma_qat_kit.engines.transformers_config import load_config
 from gemma_qat_kit.engines.transformers_gguf import load_gguf
 from gemma_qat_kit.engines.transformers_report import quiet, reporting
-from gemma_qat_kit.engines.transformers_stream import GenerateStream
+from gemma_qat_kit.engines.transformers_stream import GenerateStream, plain_speed
 from gemma_qat_kit.errors import BadSettingError, BrokenCheckpointError, MissingLibraryError, ModelClosedError
 from gemma_qat_kit.generation import STOP_IDS, Message, Settings
 from gemma_qat_kit.gguf.header import longest_context
@@ -71,7 +72,7 @@ class TransformersEngine:
         if self.device.type == "cpu":
             give_freed_memory_back()
         self.dtype = torch.float32 if format == "float32" else best_dtype(self.device)
-        self.context_length, self.stop_ids, self.drafter = context_length, STOP_IDS, None
+        self.context_length, self.stop_ids, self.drafter, self.drafting = context_length, STOP_IDS, None, None
         with traps.repaired(), quiet(), reporting(report, weight_bytes):
             if format == "float32":
                 check_context_length(context_length, longest_context(folder) or context_length)
@@ -88,12 +89,15 @@ class TransformersEngine:
                     from gemma_qat_kit.engines.transformers_mobile import unpack_in_chunks
 
                     unpack_in_chunks(self.model)
-                self.drafter = _load_drafter(drafter, self.dtype, self.device) if drafter else None
                 self.tokenizer = AutoTokenizer.from_pretrained(folder)
+            if drafter:
+                self.drafter = _load_drafter(drafter, self.dtype, self.device)
         if self.dtype == torch.float16:
             keep_sums_in_float32(self.model)
         self.processor = self.tokenizer if text_only else _load_processor(folder)
         self._lock = threading.Lock()  # two cells may use one model: one after the other
+        if drafter:
+            self.drafting = Drafting(plain_speed(self.model))
 
     def _load_packed(self, per_layer_table: str, report: Report | None) -> None:
         from gemma_qat_kit.engines.transformers_packed import load_packed

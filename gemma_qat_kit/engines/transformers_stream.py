@@ -1,8 +1,13 @@
 """One answer of a transformers model while it is generated: tokens to text, thoughts apart from the answer."""
 
 import queue
+import statistics
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from types import SimpleNamespace
 
 from gemma_qat_kit.engines.packed import holding_values
 from gemma_qat_kit.generation import Delta, Finish, Settings
@@ -18,7 +23,11 @@ class GenerateStream:
         self._cancelled = threading.Event()
         self._num_prompt, self._num_new, self._last_id = inputs["input_ids"].shape[1], 0, None
         self._splitter = ThoughtSplitter(engine.tokenizer)
-        self._is_prompt = True
+        self._is_prompt, self._times = True, []
+        # transformers draws other words with a drafter than without it, and a seed must always give the same.
+        is_seeded = settings.seed is not None and settings.temperature > 0
+        self._is_drafted = bool(engine.drafting and engine.drafting.is_on and not is_seeded)
+        self.drafts = (0, 0) if self._is_drafted else (None, None)  # tokens drafted and accepted so far
         threading.Thread(target=self._run, daemon=True).start()
 
     def _run(self) -> None:
@@ -28,7 +37,7 @@ class GenerateStream:
             for piece in self._splitter.flush():
                 self._pieces.put(piece)
             is_stop = self._last_id in self._engine.stop_ids or self._cancelled.is_set()
-            self._pieces.put(Finish("stop" if is_stop else "length", self._num_prompt, self._num_new))
+            self._pieces.put(self._finish("stop" if is_stop else "length"))
         except BaseException as err:
             self._pieces.put(err)
 
@@ -42,7 +51,7 @@ class GenerateStream:
         if settings.temperature > 0:
             sampling = {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p,
                         "top_k": settings.top_k}  # fmt: skip
-        with torch.inference_mode(), holding_values(model):
+        with torch.inference_mode(), holding_values(model), self._counted():
             model.generate(
                 **self._inputs,
                 **sampling,
@@ -61,16 +70,38 @@ class GenerateStream:
 
         With a drafter `generate` reads in a way of its own, and of a prompt with images it would cut only the ids.
         """
-        if self._engine.drafter is not None:
+        if self._is_drafted:
             return {"assistant_model": self._engine.drafter}
         is_text = self._inputs.keys() <= {"input_ids", "attention_mask"}
         return {"prefill_chunk_size": PREFILL_CHUNK} if is_text else {}
 
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Count what the drafter proposes, a token in each of its forwards, and time the answer for its trial."""
+        if not self._is_drafted:
+            yield
+            return
+
+        def count(*_) -> None:
+            self.drafts = (self.drafts[0] + 1, self.drafts[1])
+
+        hook = self._engine.drafter.register_forward_hook(count)
+        try:
+            yield
+        finally:
+            hook.remove()
+        if self._times:
+            (first, before), (last, after) = self._times[0], self._times[-1]
+            self._engine.drafting.record(after - before, last - first)
+
     def put(self, ids) -> None:
-        """Take token ids from `generate`; the first ones are the prompt."""
+        """Take token ids from `generate`; the first ones are the prompt. Of a draft, all but the last were accepted."""
         if self._is_prompt:
             self._is_prompt = False
             return
+        if self._is_drafted:
+            self.drafts = (self.drafts[0], self.drafts[1] + ids.numel() - 1)
+            self._times.append((time.perf_counter(), self._num_new + ids.numel()))
         for token_id in ids.flatten().tolist():
             self._num_new += 1
             self._last_id = token_id
@@ -92,7 +123,25 @@ class GenerateStream:
     def cancel(self) -> None:
         """End the answer now; the model is free again after the token that is being computed."""
         self._cancelled.set()
-        self._pieces.put(Finish("cancelled", self._num_prompt, self._num_new))
+        self._pieces.put(self._finish("cancelled"))
+
+    def _finish(self, reason: str) -> Finish:
+        drafts = dict(zip(("drafted_tokens", "accepted_tokens"), self.drafts, strict=True))
+        return Finish(reason, self._num_prompt, self._num_new, **drafts)
+
+
+def plain_speed(model) -> float:
+    """Return the tokens/s of a transformers model that nothing drafts for: the middle one of a few steps."""
+    import torch
+
+    times = []
+    streamer = SimpleNamespace(put=lambda ids: times.append(time.perf_counter()), end=lambda: None)
+    ids = torch.tensor([[2]], device=model.device)
+    with torch.inference_mode(), holding_values(model):
+        model.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False, temperature=None, top_p=None,
+                       top_k=None, pad_token_id=0, streamer=streamer)  # fmt: skip
+    steps = [after - before for before, after in pairwise(times[1:])]  # the first time is the prompt's
+    return 1 / statistics.median(steps)
 
 
 class ThoughtSplitter:

@@ -7,7 +7,7 @@
 | every | image processors need torchvision, and a mismatched one breaks the import | text-only loads take the
 tokenizer alone |
 | every | a mobile forward unpacks whole matrices, and the embeddings for one row | `transformers_mobile` does not |
-| before 5.20 | `generate(assistant_model=…)` raises a TypeError | drafters ask for a newer release |
+| 5.18, 5.19 | `generate(assistant_model=…)` raises a TypeError | drafters ask for another release |
 | 5.23 | a per-layer embedding scale of several columns is refused (mobile) | the parameter is given its real shape |
 | 5.23 | a drafter, whose layers all share, cannot be built | all its layers "reuse" |
 | 5.23 | a target without shared layers stores nothing for its drafter | the last layer of each kind "stores" |
@@ -19,26 +19,33 @@ from contextlib import contextmanager
 
 from gemma_qat_kit.errors import MissingLibraryError
 
-OLDEST, OLDEST_WITH_DRAFTERS = "5.15", "5.20"
+OLDEST = "5.15"
+WITHOUT_DRAFTERS = ("5.18", "5.20")  # from the first on, and before the second
 
 
 def check_release(*, drafter: bool = False) -> None:
     """Refuse a transformers release that cannot do what is asked.
 
     Raises:
-        MissingLibraryError: Too old.
+        MissingLibraryError: Too old, or one of those that cannot draft.
     """
     import transformers
     from packaging.version import Version
 
-    needed = OLDEST_WITH_DRAFTERS if drafter else OLDEST
-    if Version(transformers.__version__) < Version(needed):
+    found = Version(transformers.__version__)
+    if found < Version(OLDEST):
         raise MissingLibraryError(
-            f"transformers {transformers.__version__} is too old for {'MTP drafters' if drafter else 'Gemma 4 QAT'}.",
-            f"At least {needed} is needed; 5.22.2 is what the kit is tested with.",
-            "Run: pip install transformers==5.22.2, or go on without the drafter." if drafter else
+            f"transformers {found} is too old for Gemma 4 QAT.",
+            f"At least {OLDEST} is needed; 5.22.2 is what the kit is tested with.",
             "Run: pip install transformers==5.22.2",
-        )  # fmt: skip
+        )
+    first, fixed = map(Version, WITHOUT_DRAFTERS)
+    if drafter and first <= found < fixed:
+        raise MissingLibraryError(
+            f"transformers {found} cannot generate with MTP drafters.",
+            f"Before {first} and from {fixed} on it can; 5.22.2 is what the kit is tested with.",
+            "Run: pip install transformers==5.22.2, or go on without the drafter.",
+        )
 
 
 def clean_config(config: dict) -> dict:

@@ -16,6 +16,7 @@ _NORMAL, CONTROL, USER_DEFINED, _UNUSED, _BYTE = 1, 3, 4, 5, 6  # gguf.TokenType
 # llama.cpp always shows these, because its chat parser reads them (`visible_tokens` in conversion/gemma.py).
 ALWAYS_SHOWN = {"<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>",
                  '<|"|>'}  # fmt: skip
+DRAFTER_ARCHITECTURE = "gemma4-assistant"
 _SAMPLING = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p"}
 _OF_THE_FILE = ("split.", "general.architecture", "general.alignment", "general.file_type",
                 "general.quantization_version")  # fmt: skip
@@ -153,6 +154,25 @@ def gemma_metadata(config: dict, vocabulary: Vocabulary, generation: dict | None
     return Metadata("gemma4", {key: _typed(value) for key, value in keys.items() if value != []})
 
 
+def drafter_metadata(config: dict, model: Path) -> Metadata:
+    """Return the keys for an MTP drafter, with the tokenizer of the model that it belongs to, a GGUF or folder."""
+    keys = {"general.type": "model"}
+    keys |= {f"{DRAFTER_ARCHITECTURE}.{key}": value for key, value in drafter_keys(config).items()}
+    if model.is_dir():
+        vocabulary = Vocabulary.from_folder(model).filled(config["text_config"]["vocab_size"])
+        tokenizer = {key: _typed(value) for key, value in _tokenizer_keys(vocabulary).items()}
+    else:
+        tokenizer = copied_metadata(model).keys
+    tokenizer = {key: typed for key, typed in tokenizer.items() if key.startswith("tokenizer.ggml.")}
+    return Metadata(DRAFTER_ARCHITECTURE, {key: _typed(value) for key, value in keys.items()} | tokenizer)
+
+
+def drafter_keys(config: dict) -> dict:
+    """Return llama.cpp's keys for the shape of an MTP drafter, without the prefix."""
+    layers = config["text_config"]["num_hidden_layers"]
+    return model_keys(config) | {"embedding_length_out": config["backbone_hidden_size"], "nextn_predict_layers": layers}
+
+
 def model_keys(config: dict) -> dict:
     """Return llama.cpp's keys for the shape of a Gemma 4 config, without the `gemma4.` prefix."""
     text = config["text_config"]
@@ -173,7 +193,6 @@ def model_keys(config: dict) -> dict:
         "attention.value_length": text["global_head_dim"],
         "attention.key_length_swa": text["head_dim"],
         "attention.value_length_swa": text["head_dim"],
-        "final_logit_softcapping": float(text["final_logit_softcapping"]),
         "attention.sliding_window": text["sliding_window"],
         "attention.shared_kv_layers": text["num_kv_shared_layers"],
         "embedding_length_per_layer_input": text["hidden_size_per_layer_input"],
@@ -181,6 +200,8 @@ def model_keys(config: dict) -> dict:
         "rope.dimension_count": text["global_head_dim"],
         "rope.dimension_count_swa": text["head_dim"],
     }
+    if text["final_logit_softcapping"]:
+        keys["final_logit_softcapping"] = float(text["final_logit_softcapping"])
     if text["enable_moe_block"]:
         keys |= {
             "expert_count": text["num_experts"],

@@ -11,6 +11,7 @@ from gemma_qat_kit.layouts import (
     GROUP_BYTES,
     Tensor,
     bf16_tensors,
+    drafter_gguf_tensors,
     drafter_tensors,
     gguf_tensors,
     is_text,
@@ -41,8 +42,7 @@ def weight_parts(settings: MemorySettings) -> tuple[Part, ...]:
         sums = _sums_of_size(settings.size, settings.format, settings.text_only, settings.engine)
     parts = [part for total in sums for part in _placed(total, settings)]
     if settings.drafter:
-        drafter = drafter_tensors(drafter_config(settings.size))
-        parts.append(Part(DRAFTER, sum(t.nbytes for t in drafter), settings.place))
+        parts.append(_drafter(settings))
     return merged(part for part in parts if not (settings.text_only and part.name in (VISION, AUDIO)))
 
 
@@ -58,6 +58,14 @@ def written_bytes(settings: MemorySettings) -> int:
 @functools.cache
 def _reblocked_bytes(size: str) -> int:
     return sum(tensor.nbytes for tensor in reblocked_tensors(hf_config(size, "mobile")))
+
+
+def _drafter(settings: MemorySettings) -> Part:
+    """Return the weights of the MTP drafter; llama.cpp uses its GGUF in place."""
+    config = drafter_config(settings.size)
+    is_gguf = settings.engine == "llama_cpp"
+    nbytes = sum(tensor.nbytes for tensor in (drafter_gguf_tensors if is_gguf else drafter_tensors)(config))
+    return Part(DRAFTER, nbytes, "mapped" if is_gguf and settings.device == "cpu" else settings.place)
 
 
 @dataclass(frozen=True)
