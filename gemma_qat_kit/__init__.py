@@ -44,6 +44,7 @@ _MODULE_OF = {
     "quantize": "formats.quantized",
     "receipts": "memory.receipts",
     "save_adapter": "finetune.adapted",
+    "serve": "serve",
     "speed_limit": "speed",
     "sqnr_db": "quality.comparison",
     "TrainSettings": "qat.settings",

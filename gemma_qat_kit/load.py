@@ -82,15 +82,23 @@ def load(
     )  # fmt: skip
     if request.source.startswith(("http://", "https://")):
         return _load_endpoint(request)
+    return load_request(request)
+
+
+def load_request(request: Request) -> Model:
+    """Load what a request asks for, checked first; a server's address excepted. Raises what `load` does."""
     request.check_names()
-    with nullcontext(report) if report else progress_bar() as shown:
+    with nullcontext(request.report) if request.report else progress_bar() as shown:
         return _load(replace(request, report=shown))
 
 
 def _load_endpoint(request: Request) -> Model:
     from gemma_qat_kit.engines.endpoint import EndpointEngine
 
-    return Model(None, "endpoint", _GEMMA, EndpointEngine(request.source, request.token))
+    runner = EndpointEngine(request.source, request.token)
+    built_in = find_checkpoint(BUILT_IN_SIZE)
+    is_built_in = runner.model == built_in.files[0].name  # llama.cpp's server names a model by its file
+    return Model(None, "endpoint", built_in.sampling if is_built_in else _GEMMA, runner)
 
 
 def _load(request: Request) -> Model:
@@ -205,6 +213,7 @@ def _run(found, format: str, engine: str, weights: int, drafter: Path | None, re
             kv_format=request.kv_format,
             adapter=request.adapter,
             drafter=drafter,
+            serving=request.serving,
             report=request.report,
         )
     from gemma_qat_kit.engines.transformers import TransformersEngine

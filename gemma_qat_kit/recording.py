@@ -30,7 +30,7 @@ from gemma_qat_kit.memory.receipts_file import receipts_path, warn_once
 from gemma_qat_kit.memory.settings import MemorySettings
 
 # What a model was loaded with, of that which it does not say itself.
-_ASKED = ("text_only", "drafter", "per_layer_table", "kv_format")
+_ASKED = ("text_only", "drafter", "per_layer_table", "kv_format", "batch_size")
 _asked: "weakref.WeakKeyDictionary[object, dict]" = weakref.WeakKeyDictionary()
 
 

@@ -18,7 +18,7 @@ FLOORS = (
     "errors units progress published catalog architectures layouts parameters machine generation attachments",
     "formats gguf",
     "memory quality verdicts environment",
-    "hub download checkpoint drafter engines recording model speed load out_of_memory loading_note",
+    "hub download checkpoint drafter engines recording model speed load serve out_of_memory loading_note",
     "qat weights",
     "finetune",
     "grid_report export testing chat",

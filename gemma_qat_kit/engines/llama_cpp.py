@@ -7,12 +7,12 @@ signal handlers away from Python's Ctrl-C.
 
 import contextlib
 import json
-import secrets
 import statistics
 import subprocess
 import threading
 import weakref
 from collections.abc import Iterator
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from gemma_qat_kit.engines.endpoint import EndpointEngine
 from gemma_qat_kit.engines.llama_cpp_buffers import buffer_parts
 from gemma_qat_kit.engines.llama_cpp_scores import Scores
 from gemma_qat_kit.engines.resident import file_pages
+from gemma_qat_kit.engines.serving import Serving
 from gemma_qat_kit.errors import EndpointError, KitError
 from gemma_qat_kit.gguf.header import GgufTensor, longest_context, read_gguf_header
 from gemma_qat_kit.memory.parts import ACTIVATIONS, DRAFTER, ENGINE, Part, merged
@@ -38,12 +39,13 @@ class LlamaCppEngine(EndpointEngine):
 
     Args:
         path: The .gguf file.
-        context_length: Tokens of prompt and answer together; llama.cpp rounds them up to a multiple of 256.
+        context_length: Tokens of prompt and answer together, of each chat; llama.cpp rounds up to a multiple of 256.
         num_gpu_layers: Layers on the GPU; -1 is all where there is one, 0 keeps the model on the CPU.
         adapter: A LoRA in a GGUF of its own, as `export_adapter` writes it, or None.
         kv_format: Of the key/value cache: "bf16" (llama.cpp takes float16 for it), "q8_0" or "q4_0".
         drafter: GGUF of the MTP drafter to generate with, or None; where it does not pay, the server starts again
             without it before the next answer, because llama.cpp's cannot be told to stop drafting.
+        serving: Whom its server answers; None: this process alone.
         report: Told how much of the file is in memory, several times a second.
 
     Attributes:
@@ -69,6 +71,7 @@ class LlamaCppEngine(EndpointEngine):
         kv_format: str = "bf16",
         adapter: Path | None = None,
         drafter: Path | None = None,
+        serving: Serving | None = None,
         report: Report | None = None,
     ):
         process.require_xllamacpp()
@@ -77,9 +80,10 @@ class LlamaCppEngine(EndpointEngine):
         self._scores = Scores(path, adapter, use_gpu=num_gpu_layers != 0)
         self.num_threads = process.num_threads()
         self._num_answering, self._lock, self.drafting = 0, threading.RLock(), None
+        self._serving = serving or Serving()
         self._order = {"path": str(path), "adapter": str(adapter or ""), "drafter": str(drafter or ""),
-                       "key": secrets.token_urlsafe(24), "kv_format": kv_format, "context_length": int(context_length),
-                       "num_gpu_layers": num_gpu_layers, "num_threads": self.num_threads}  # fmt: skip
+                       "kv_format": kv_format, "context_length": int(context_length), "num_gpu_layers": num_gpu_layers,
+                       "num_threads": self.num_threads, **asdict(self._serving)}  # fmt: skip
         self._launch(report)
 
     def _launch(self, report: Report | None = None) -> None:
@@ -88,7 +92,8 @@ class LlamaCppEngine(EndpointEngine):
         self._end = weakref.finalize(self, process.end, self._child, self._log)
         self._end.atexit = False  # the child notices by itself
         try:
-            super().__init__(self._start(self._order, self.path, report), api_key=self._order["key"])
+            address = self._serving.url_here(self._start(self._order, self.path, report))
+            super().__init__(address, api_key=self._serving.key)
             if self._order["drafter"]:
                 self.drafting, self.asks_also = Drafting(self._plain_speed()), {"timings_per_token": True}
         except BaseException:
@@ -197,13 +202,18 @@ class LlamaCppEngine(EndpointEngine):
         if not self._is_closed and error.__cause__ is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):  # a dying process closes its connections first
                 self._child.wait(timeout=1)
-        if self._is_closed or self._child.poll() is None:
+        if self._is_closed or self.is_running:
             return super()._explained(error)
         return EndpointError(
             f"llama.cpp has stopped (code {self._child.returncode}).",
             "A loaded model stays up until close().",
             "Load it again; with less context_length if memory ran out.",
         )
+
+    @property
+    def is_running(self) -> bool:
+        """Whether its process is still there."""
+        return self._child.poll() is None
 
     def close(self) -> None:
         """End the child and free all of its memory, as also happens to a model that is no longer referred to."""

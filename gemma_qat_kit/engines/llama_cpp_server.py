@@ -5,6 +5,8 @@ import json
 import os
 import sys
 
+_HTTP_THREADS = 320  # every question that waits, and everyone who asks for how long yet, holds one
+
 
 def main() -> None:
     """Load the model that the first line of stdin names, say where it listens, and live until stdin closes."""
@@ -38,17 +40,21 @@ def _end_with_parent() -> None:
 
 
 def _load(order: dict) -> tuple:
-    """Return llama.cpp's server, listening on a free loopback port that wants the order's key, and what this process
+    """Return llama.cpp's server, listening where the order says and wanting its key, and what this process
     held before, in private bytes."""
     import xllamacpp
 
     own_bytes = _private_bytes()
     params = xllamacpp.CommonParams()
     params.model.path = order["path"]
+    params.model_alias = {os.path.basename(order["path"])}  # others need not know where it lies
     if order["adapter"]:
         params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(order["adapter"], 1.0)]
-    params.hostnames, params.port, params.api_keys = ["127.0.0.1"], 0, [order["key"]]
-    params.n_ctx, params.n_parallel = order["context_length"], 1
+    params.hostnames, params.port, params.api_keys = [order["host"]], order["port"], [order["key"]]
+    params.n_ctx, params.n_parallel = order["context_length"] * order["num_chats"], order["num_chats"]
+    if order["num_chats"] > 1:
+        params.n_threads_http = _HTTP_THREADS
+        params.n_batch = params.n_ubatch  # one reads a long prompt in small steps, and the others go on in between
     params.n_gpu_layers = order["num_gpu_layers"]
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = order["num_threads"]
     params.fit_params = False  # it would shorten the context without saying so
@@ -66,7 +72,7 @@ def _load(order: dict) -> tuple:
             draft.cpuparams.n_threads = draft.cpuparams_batch.n_threads = order["num_threads"]
         params.speculative.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_DRAFT_MTP]
     params.sampling.min_p = 0  # no model card asks for llama.cpp's 0.05
-    params.ui = params.endpoint_slots = False
+    params.ui, params.endpoint_slots, params.endpoint_metrics = False, False, True
     params.verbosity = 4  # the lowest level that tells of its buffers
     return xllamacpp.Server(params), own_bytes
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gemma_qat_kit.catalog import BUILT_IN_SIZE, KNOWN_FORMATS
+from gemma_qat_kit.engines.serving import Serving
 from gemma_qat_kit.errors import BadSettingError, NotEnoughMemoryError, unknown_name
 from gemma_qat_kit.memory.plan import MemoryPlan, plan_memory
 from gemma_qat_kit.memory.settings import ENGINES, KV_FORMATS, TABLE_PLACES, MemorySettings, check_name
@@ -33,6 +34,12 @@ class Request:
     revision: str | None
     token: str | None
     report: Report | None
+    serving: Serving | None = None
+
+    @property
+    def batch_size(self) -> int:
+        """Conversations at once."""
+        return self.serving.num_chats if self.serving else 1
 
     def check_names(self) -> None:
         """Refuse names that nobody knows.
@@ -81,6 +88,12 @@ class Request:
         return engine
 
     def _check_engine(self, name: str, engine: str) -> None:
+        if self.serving and engine != "llama_cpp":
+            raise BadSettingError(
+                f"{name} runs in transformers, which answers one chat at a time.",
+                "llama.cpp serves q4_0, mobile and GGUF files; vLLM serves the same model's w4a16.",
+                'Take format="q4_0", or start vLLM and load("http://…/v1").',
+            )
         if engine == "llama_cpp" and not self.text_only:
             raise BadSettingError(
                 f"{name} runs in llama.cpp, where this kit sees no images yet.",
@@ -140,7 +153,8 @@ class Request:
         raise NotEnoughMemoryError(
             f"{name} needs {readable_bytes(needed)} of {kind}; {readable_bytes(available)} are free.",
             "Weights, key/value cache and the engine's buffers must fit.",
-            f"Close other models, or load what fits: {self._what_fits(name.split()[0], available)}.",
+            self._fewer_chats(size, format, engine, available)
+            or f"Close other models, or load what fits: {self._what_fits(name.split()[0], available)}.",
         )
 
     def memory_settings(self, size: str | None, format: str, engine: str) -> MemorySettings | None:
@@ -175,12 +189,24 @@ class Request:
             per_layer_table=self.per_layer_table,
             kv_format=self.kv_format,
             drafter=self.drafter,
+            batch_size=self.batch_size,
         )
+
+    def _fewer_chats(self, size: str | None, format: str, engine: str, available: int) -> str:
+        """Return the advice to serve as many chats as fit, "" where that does not help."""
+        for num_chats in range(self.batch_size - 1, 0, -1):
+            fewer = replace(self, serving=replace(self.serving, num_chats=num_chats))
+            try:
+                if fewer._plan(size, format, "cpu", engine).needed_bytes <= available:
+                    return f"Serve fewer chats at once (num_chats={num_chats} fits; the others wait), or shorter ones."
+            except ValueError:  # no plan can be made
+                return ""
+        return ""
 
     def _what_fits(self, size: str, available: int) -> str:
         """Return the call for the largest QAT checkpoint that fits, the size that was asked for first."""
         small = replace(self, context_length=2048, text_only=True, drafter=False, per_layer_table="disk",
-                        kv_format="bf16")  # fmt: skip
+                        kv_format="bf16", serving=None)  # fmt: skip
         for other, format in ((size, "q4_0"), *_CHEAPER):
             try:
                 if small._plan(other, format, "cpu").needed_bytes <= available:

@@ -16,7 +16,8 @@ class Queue:
 
     Attributes:
         busy: Answers that it computes.
-        waiting: Questions that wait for a place, the first to come first.
+        waiting: Questions that wait for a place, the first to come first; llama.cpp counts those that were cancelled
+            until it would be their turn.
         places: Answers that it can compute at once, None where it does not say.
         new_tokens: Tokens of all answers since it started, those that have not ended left out by llama.cpp.
     """
