@@ -22,8 +22,8 @@ test: python
 	@$(PYTHON) scripts/setup.py test
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses=2 --dist=loadfile --durations=25
-	@$(MAKE) --jobs=2 --output-sync=target overlay/transformers-5.15.0 overlay/transformers-5.23.0 overlay/colab
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder --durations=25
+	@$(MAKE) --jobs=2 --output-sync=target overlay/colab overlay/transformers-5.15.0 overlay/transformers-5.23.0
 
 # Two test processes at a time, each on one core: threads that wait for each other on the same core make all slower.
 # The same tests with other releases installed over the usual ones:

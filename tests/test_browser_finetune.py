@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from lab import CHROMIUM, ROOT, notebook_page, photograph, run_cells, run_code
+from lab import CHROMIUM, ROOT, notebook_page, photograph, run_cells, run_code, wait_until_still
 
 pytestmark = [
     pytest.mark.browser,
@@ -53,16 +53,6 @@ def _wait_for_status(panel, text):
     panel.locator(f".gqk-tune-status :text('{text}')").wait_for()
 
 
-def _status_once_still(page, panel):
-    """The status line once the step under way has ended, however long a busy machine takes for it."""
-    for _ in range(15):
-        before = panel.locator(".gqk-tune-status").inner_text()
-        page.wait_for_timeout(2000)
-        if panel.locator(".gqk-tune-status").inner_text() == before:
-            return before
-    pytest.fail("the steps go on after Pause")
-
-
 def test_start_pause_resume_stop_export(page, panel):
     assert panel.locator(".gqk-tune-data mark").count() == 2
     assert "not in the catalog" in panel.locator(".gqk-tune-memory").inner_text()
@@ -70,9 +60,7 @@ def test_start_pause_resume_stop_export(page, panel):
     panel.locator(".gqk-train-charts circle").nth(3).wait_for()
     panel.locator(".gqk-tune-pause").click()
     _wait_for_status(panel, "Paused after the step under way")
-    before = _status_once_still(page, panel)
-    page.wait_for_timeout(2000)
-    assert panel.locator(".gqk-tune-status").inner_text() == before
+    wait_until_still(panel.locator(".gqk-tune-status"))
     panel.locator(".gqk-tune-pause").click()
     _wait_for_status(panel, "Training: step")
     panel.locator(".gqk-tune-stop").click()

@@ -6,9 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from built_in_network import FEWER_TOKENS
 
 BENCH = Path(__file__).parent.parent / "bench"
-CODE = """
+CODE = (
+    FEWER_TOKENS
+    + """
 import json, sys, tempfile
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
@@ -30,7 +33,7 @@ if size == "smollm2-135m" and changes["task"] == "finetune":
     from gemma_qat_kit.finetune.fitting import memory_settings
     changes.pop("task")
     settings = gqk.FinetuneSettings(num_steps=2, num_evaluations=1, gradient_accumulation=1, dtype="float32", **changes)
-    rows = [{"question": "?", "answer": "word " * 2 * settings.sequence_length}] * 8
+    rows = [{"question": "?", "answer": "word " * 2 * settings.sequence_length}] * 2
     with load(size, format, report=lambda progress: None) as model:
         plan = plan_for(memory_settings(model, settings, "q4_0"))
         with measure_memory() as use:
@@ -47,6 +50,7 @@ with load(source, format, context_length=512, device="cpu", report=lambda progre
 planned = sum(part.nbytes for part in plan.placed if part.place == "ram" and not part.is_spare)
 print(json.dumps({"planned": planned, "measured": use.peak.in_place("ram")}))
 """
+)
 
 
 @pytest.mark.slow
