@@ -2,7 +2,8 @@
 
 float16 ends at 65,504, and the sums of the MLPs' `down_proj` in Gemma's early layers are larger. A GPU adds them up in
 float32 and loses them when it rounds the result; so `down_proj` gets its inputs 64 times smaller, its result is
-multiplied in float32, and the norm behind it, which computes in float32 anyway, brings it back to float16.
+multiplied in float32, and the norm behind it, which computes in float32 anyway, brings it back to float16. The experts
+of a mixture are one module: what comes out of their activation function is smaller, and so is all that follows.
 """
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 _SMALLER = 64  # a power of two: no digit changes
 _NORMS = ("post_feedforward_layernorm_1", "post_feedforward_layernorm")  # of a mixture, and of all others
+_EXPERTS_NORM = "post_feedforward_layernorm_2"
 _HANDLES = "_gqk_half"
 
 
@@ -22,12 +24,25 @@ def keep_sums_in_float32(module: nn.Module) -> None:
         norms = [getattr(layer, name) for name in _NORMS if hasattr(layer, name)]
         if norms and hasattr(layer, "mlp"):
             down = layer.mlp.down_proj
-            down.__dict__[_HANDLES] = [down.register_forward_pre_hook(_smaller), down.register_forward_hook(_larger)]
-            norms[0].__dict__[_HANDLES] = [norms[0].register_forward_hook(_as_before)]
+            _hook(down, down.register_forward_pre_hook(_smaller), down.register_forward_hook(_larger))
+            _hook(norms[0], norms[0].register_forward_hook(_as_before))
+        if norms and hasattr(layer, "experts"):
+            activation, experts, norm = layer.experts.act_fn, layer.experts, getattr(layer, _EXPERTS_NORM)
+            _hook(activation, activation.register_forward_hook(_smaller_after))
+            _hook(experts, experts.register_forward_hook(_larger))
+            _hook(norm, norm.register_forward_hook(_as_before))
+
+
+def _hook(part: nn.Module, *handles) -> None:
+    part.__dict__[_HANDLES] = handles
 
 
 def _smaller(part: nn.Module, inputs: tuple) -> tuple:
     return (inputs[0] / _SMALLER, *inputs[1:])
+
+
+def _smaller_after(part: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+    return output / _SMALLER
 
 
 def _larger(part: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
