@@ -48,6 +48,9 @@ def test_a_loss_curve_of_any_length_stays_within_its_axes(num_steps, loss):
     assert all(TOP - 0.1 <= y <= HEIGHT - BOTTOM + 0.1 for y in numbers(html, "cy"))
     assert all(LEFT <= x <= WIDTH for x in numbers(html, "cx"))
     assert ("no step yet" in html) == (num_steps == 0)
+    assert len(re.findall(r'<text x="346.0"[^>]* text-anchor="end">[\d,]+<', html)) == 1, (
+        "the edge cuts the last number"
+    )
 
 
 @pytest.mark.parametrize(("plain", "nats"), [(2.8, [2.7, 2.65, 2.64]), (12.0, [7, 5]), (2.6, [2.6]), (2.5, [2.7]),

@@ -122,7 +122,8 @@ class _Axes:
     def drawn(self, ticks: list[tuple[float, str]]) -> list[str]:
         parts = [_text((LEFT + self.right) / 2, HEIGHT - 4, "Step", "middle")]
         for step in sorted({0, self.num_steps // 2, self.num_steps}):
-            parts.append(_text(self.x(step), HEIGHT - BOTTOM + 16, f"{step:,}", "middle"))
+            anchor = "end" if step == self.num_steps else "middle"  # the picture's edge would cut "2,000"
+            parts.append(_text(self.x(step), HEIGHT - BOTTOM + 16, f"{step:,}", anchor))
         for value, name in ticks:
             y = f"{self.y(value):.1f}"
             parts.append(f'<line x1="{LEFT}" x2="{self.right}" y1="{y}" y2="{y}" stroke="currentColor" opacity=".18"/>')
