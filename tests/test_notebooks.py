@@ -112,7 +112,7 @@ def test_a_notebook_runs_from_top_to_bottom_offline(path, monkeypatch, tmp_path)
     _shorten(notebook, path.stem, tmp_path)
     notebook.cells.append(nbformat.v4.new_code_cell(WHICH_WIDGETS))
     NotebookClient(
-        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": path.parent}}
+        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": path.parent}}
     ).execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     assert [output for output in outputs if output.get("name") == "stderr"] == []
