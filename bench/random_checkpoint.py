@@ -1,6 +1,7 @@
 """Write a checkpoint of real size and layout with random weights, a few megabytes at a time.
 
     python bench/random_checkpoint.py E2B mobile /tmp/e2b-mobile
+    python bench/random_checkpoint.py E2B bf16 /tmp/e2b-short --layers 5    # the first layers of it
 
 Sizes, names and dtypes are the published ones, so memory and speed are too; what it says is nonsense. Its tokenizer is
 the tiny one of `gemma_qat_kit.testing`.
@@ -32,10 +33,14 @@ CHUNK_BYTES = 2**26
 _TENSORS = {"bf16": bf16_tensors, "w4a16": w4a16_tensors, "mobile": mobile_tensors}
 
 
-def write_random_checkpoint(folder: Path, size: str, format: str) -> Path:
-    """Write the checkpoint and return the path to load."""
+def write_random_checkpoint(folder: Path, size: str, format: str, num_layers: int | None = None) -> Path:
+    """Write the checkpoint, or the one of its first layers, and return the path to load."""
     folder.mkdir(parents=True, exist_ok=True)
     config = hf_config(size, format if format in ("mobile", "w4a16") else "bf16")
+    if num_layers:
+        text = config["text_config"]
+        text |= {"num_hidden_layers": num_layers, "layer_types": text["layer_types"][:num_layers]}
+        text["num_kv_shared_layers"] = 0
     if format == "q4_0":
         return _write_gguf(folder / f"{size}-q4_0.gguf", config)
     tensors = list(_TENSORS[format](config))
@@ -121,5 +126,6 @@ if __name__ == "__main__":
     parser.add_argument("size")
     parser.add_argument("format", choices=[*_TENSORS, "q4_0"])
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--layers", type=int, help="how many of its layers; all of them by default")
     arguments = parser.parse_args()
-    print(write_random_checkpoint(arguments.folder, arguments.size, arguments.format))
+    print(write_random_checkpoint(arguments.folder, arguments.size, arguments.format, arguments.layers))
