@@ -16,7 +16,7 @@ _BITS = {"q8_0": 8.5, "mobile_int8": 8, "mobile_int4": 4, "mobile_int2": 2}  # 4
 class StandIn:
     """A model that answers what it is told to, with a pause before each piece; a word is a token of its prompts."""
 
-    size, format, runner = "E2B", "q4_0", SimpleNamespace()
+    size, format, runner, engine, drafter_note = "E2B", "q4_0", SimpleNamespace(takes=()), "stand-in", None
     sampling = Sampling(temperature=1.0, top_p=0.95, top_k=64)
 
     def __init__(self, name="stand-in", answer=("Light ", "scatters."), delay=0.0, context_length=4096):

@@ -2,6 +2,8 @@
 
 import base64
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from stand_ins import StandIn, click, wait_for
@@ -9,9 +11,10 @@ from stand_ins import StandIn, click, wait_for
 import gemma_qat_kit as gqk
 from gemma_qat_kit.engines.server_queue import Queue
 from gemma_qat_kit.errors import BadSettingError, BrokenCheckpointError
-from gemma_qat_kit.generation import Delta
+from gemma_qat_kit.generation import Delta, Reply
+from gemma_qat_kit.speed import SpeedLimit
 from gemma_qat_kit.widgets import ChatPanel
-from gemma_qat_kit.widgets.chat_figures import meter_html
+from gemma_qat_kit.widgets.chat_figures import meter_html, speed_words
 
 PNG = b"\x89PNG\r\n\x1a\n" + b"\x00\x00\x00\rIHDR" + (1).to_bytes(4, "big") * 2 + b"\x08\x06\x00\x00\x00"
 
@@ -106,7 +109,7 @@ def test_a_page_that_sends_nonsense_does_no_harm(content):
 
 def test_a_picture_goes_to_the_model_and_into_the_conversation():
     model = StandIn()
-    model.takes = ("image",)
+    model.runner = SimpleNamespace(takes=("image",))
     panel = ChatPanel(model)
     assert panel._view.can_attach
     file = {"name": "a.png", "type": "image/png", "data": base64.b64encode(PNG).decode()}
@@ -255,3 +258,14 @@ def test_every_control_has_a_name_for_screen_readers():
     buttons = [panel._view._send_button, panel._view._stop_button, panel._view._again, panel._settings._new]
     assert all(control.description for control in [panel._view._input, *buttons, *panel._settings._fields.values()])
     assert 'role="status" aria-live="polite"' in panel._status.value
+
+
+def test_the_speed_is_told_beside_what_the_machine_allows_and_what_a_drafter_guessed():
+    limit = SpeedLimit(10**9, 0, 100, 2 * 10**10, "RAM")  # 20 tokens/s
+    reply = Reply("a", "", "stop", 5, 11, 1.0, 2.0, drafted_tokens=8, accepted_tokens=6)
+    session = SimpleNamespace(limit=limit, memory_bytes=2**30, model=StandIn())
+    words = speed_words(reply, session)
+    assert "11 tokens at 10 tokens/s (50 % of what this machine's memory allows), the first after 1 s" in words
+    assert "; the model holds 1.00 GiB. Of 8 guesses of the drafter 75 % were right." in words
+    session.model.drafter_note = "The drafter is off."
+    assert speed_words(replace(reply, drafted_tokens=None), session).endswith("The drafter is off.")

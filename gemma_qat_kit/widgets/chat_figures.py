@@ -7,17 +7,27 @@ from gemma_qat_kit.widgets.look import escape
 _ENDS = {"cancelled": "Stopped.", "length": "Cut off: it reached the longest answer or the end of the context."}
 
 
-def speed_words(reply, memory_bytes: int | None = None) -> str:
-    """Say how long an answer was, how fast it came, as measured, what the model holds, and why it ended."""
-    held = f"; the model holds {readable_bytes(memory_bytes)}" if memory_bytes else ""
+def speed_words(reply, session) -> str:
+    """Say how long an answer was, how fast it came and could come, what the model holds, and why it ended."""
     speed = f" at {reply.tokens_per_second:.3g} tokens/s" if reply.tokens_per_second else ""
+    if speed and session.limit is not None:
+        share = reply.tokens_per_second / session.limit.tokens_per_second
+        speed += f" ({100 * share:.0f} % of what this machine's memory allows)"
+    held = f"; the model holds {readable_bytes(session.memory_bytes)}" if session.memory_bytes else ""
     said = f"{counted(reply.new_tokens, 'token')}{speed}, the first after {reply.first_token_seconds:.2g} s{held}."
-    return " ".join(filter(None, (said, _ENDS.get(reply.finish_reason, ""))))
+    return " ".join(filter(None, (said, _drafted(reply, session.model), _ENDS.get(reply.finish_reason, ""))))
+
+
+def _drafted(reply, model) -> str:
+    """Say how many of the drafter's guesses were right, or why it is off."""
+    if reply.acceptance_rate is None:
+        return model.drafter_note or ""
+    return f"Of {counted(reply.drafted_tokens, 'guess')} of the drafter {100 * reply.acceptance_rate:.0f} % were right."
 
 
 def counted(number: int, noun: str) -> str:
     """Write "1 token" or "1,200 tokens"."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+    return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('s') else 's'}"
 
 
 def end_note(turn: Turn) -> str:

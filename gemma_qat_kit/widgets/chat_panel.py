@@ -152,7 +152,7 @@ class ChatPanel(widgets.VBox):
         elif session.error is not None:
             self._status.value = error_html(session.error)
         elif session.answer is not None:
-            self._status.value = status_html(speed_words(session.answer.reply, session.memory_bytes))
+            self._status.value = status_html(speed_words(session.answer.reply, session))
         else:
             self._status.value = status_html(f"Talking to {session.model.name}.")
         if session.lost_question and not is_answering:

@@ -10,7 +10,8 @@ from gemma_qat_kit.catalog import BUILT_IN_SIZE
 from gemma_qat_kit.chat.answer import Answer
 from gemma_qat_kit.chat.conversation import Conversation, Turn
 from gemma_qat_kit.chat.models import held_bytes, named_models
-from gemma_qat_kit.errors import BadSettingError
+from gemma_qat_kit.errors import BadSettingError, KitError
+from gemma_qat_kit.speed import SpeedLimit, speed_limit
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class ChatSession:
         error: What ended it, or None.
         num_used: Tokens of the context that the conversation has taken, None before the first answer.
         is_answering: Until it has ended.
+        limit: How fast this machine could answer at most; None of a server.
         queue: Who else waits for the model, a `Queue`; None where nobody tells.
         lost_question: A question that got no answer, to be asked again.
     """
@@ -64,6 +66,7 @@ class ChatSession:
         self.is_answering = self._is_stopping = False
         self.num_used: int | None = None
         self.memory_bytes: int | None = None
+        self.limit: SpeedLimit | None = None
         self.queue = None
         self._lock, self._ended = threading.RLock(), threading.Event()
 
@@ -104,7 +107,13 @@ class ChatSession:
             self.lost_question = question
         elif self.answer.reply.prompt_tokens is not None:
             self.num_used = self.answer.reply.prompt_tokens + self.answer.reply.new_tokens
-        self.memory_bytes = held_bytes(self.model)
+        self.memory_bytes, self.limit = held_bytes(self.model), self._limit()
+
+    def _limit(self) -> SpeedLimit | None:
+        try:
+            return speed_limit(self.model, num_tokens=self.num_used or 1)
+        except KitError:
+            return None
 
     def _watch_queue(self) -> None:
         """Ask about once a second who else waits, until the first token or for as long as somebody tells."""
@@ -150,7 +159,7 @@ class ChatSession:
     @property
     def takes_attachments(self) -> bool:
         """Whether the model can be shown images or sounds."""
-        return bool(getattr(self.model, "takes", ()))
+        return bool(getattr(self.model.runner, "takes", ()))
 
     @property
     def cannot_think(self) -> bool:
