@@ -74,7 +74,8 @@ class Served:
             return [f"{name} is served no more.", ""]
         if not runner.is_running:
             return [f"{name} is served no more: llama.cpp has stopped. Call serve again.", ""]
-        start = f"{name} answers {self.serving.num_chats} at once, {self.model.context_length} tokens each; more wait."
+        length = self.model.context_length
+        start = f"{name} answers {self.serving.num_chats} at once, {length} tokens each; more wait. To load it:"
         call = f"gqk.load({json.dumps(self.address)}, token={json.dumps(self.key)})"
         return [start, call, *self._notes()]
 

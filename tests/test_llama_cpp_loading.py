@@ -164,6 +164,7 @@ def test_a_container_with_fewer_cores_gets_fewer_threads(tiny, fake_llama, tmp_p
     seen = tmp_path / "seen"
     fake_llama(
         "from types import SimpleNamespace as N\n"
+        "ggml_type = N(GGML_TYPE_F16=1)\n"
         "def CommonParams(): return N(model=N(), cpuparams=N(), cpuparams_batch=N(), sampling=N())\n"
         f"def Server(p): open({str(seen)!r}, 'w').write(str(p.cpuparams.n_threads)); raise RuntimeError('seen')\n"
     )
