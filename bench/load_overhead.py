@@ -24,7 +24,7 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 """
 OURS = """
 import gemma_qat_kit as gqk
-model = gqk.load(folder)
+model = gqk.load(folder, engine="transformers")
 """
 # Imports are paid once a session and by both; they are left out of the time.
 TIMER = """

@@ -28,7 +28,7 @@ RUN = """
 import json, sys, time
 import gemma_qat_kit as gqk
 started = time.perf_counter()
-model = gqk.load(sys.argv[1], context_length=512, report=lambda progress: None)
+model = gqk.load(sys.argv[1], engine=sys.argv[3], context_length=512, report=lambda progress: None)
 loaded = time.perf_counter() - started
 done, seconds = 0, 0.0
 while done < int(sys.argv[2]):
@@ -64,7 +64,7 @@ def measure(source: Path, path: Path) -> None:
     )
     pace = {}
     for engine, place in (("llama_cpp", path), ("transformers", source)):
-        ran = watch(RUN, place, NUM_TOKENS[engine])
+        ran = watch(RUN, place, NUM_TOKENS[engine], engine)
         pace[engine] = ran.answer["seconds"] / ran.answer["tokens"]
         print(
             f"{engine}: loaded in {ran.answer['load_seconds']:.1f} s, {pace[engine]:.3f} s per token "

@@ -20,9 +20,10 @@ from gemma_qat_kit.load import built_in_checkpoint
 QUESTION = "Tell me a long story about the sea."
 
 
-def direct_server(path: Path) -> xllamacpp.Server:
+def direct_server(path: Path, num_threads: int) -> xllamacpp.Server:
     """Return llama.cpp's server in this process, set up as the kit sets it up."""
     params = xllamacpp.CommonParams()
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = num_threads
     params.model.path, params.n_ctx, params.n_parallel, params.verbosity = str(path), 2048, 1, 1
     params.ui = False
     return xllamacpp.Server(params)
@@ -54,8 +55,8 @@ def main() -> None:
     """Print the median of the ratios, each of two answers one right after the other."""
     path = Path(sys.argv[1]) if len(sys.argv) > 1 else built_in_checkpoint()
     rounds, num_tokens = (11, 200) if path.stat().st_size < 2**30 else (5, 40)
-    server = direct_server(path)
     with gqk.load(path, context_length=2048) as model:
+        server = direct_server(path, model.runner.num_threads)
         time_direct(server, num_tokens), time_ours(model, num_tokens)  # both have read the prompt once
         pairs = [(time_direct(server, num_tokens), time_ours(model, num_tokens)) for _ in range(rounds)]
         name = model.name

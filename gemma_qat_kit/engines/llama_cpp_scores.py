@@ -12,7 +12,6 @@ from pathlib import Path
 
 from gemma_qat_kit.engines import llama_cpp_process as process
 from gemma_qat_kit.errors import BadSettingError, EndpointError, KitError, MissingLibraryError, ModelClosedError
-from gemma_qat_kit.machine import read_cpu_count
 
 _CHILD = Path(__file__).with_name("llama_cpp_logits.py")
 
@@ -80,7 +79,7 @@ class Scores:
         self._child, self._log = process.start(_CHILD, **self._hidden)
         self._end = weakref.finalize(self, process.end, self._child, self._log)
         self._end.atexit = False  # the child notices by itself
-        self._exchange({"path": str(self._path), "num_threads": read_cpu_count()} | self._adapter, is_load=True)
+        self._exchange({"path": str(self._path), "num_threads": process.num_threads()} | self._adapter, is_load=True)
 
     def _exchange(self, order: dict, *, is_load: bool = False) -> dict:
         """Send an order and return the first line of the answer."""

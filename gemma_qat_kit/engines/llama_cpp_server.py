@@ -68,8 +68,7 @@ def _load(order: dict) -> tuple:
         draft = params.speculative.draft
         draft.mparams.path, draft.n_gpu_layers = order["drafter"], order["num_gpu_layers"]
         draft.cache_type_k = draft.cache_type_v = kind  # it reads the model's own
-        if order["num_threads"]:
-            draft.cpuparams.n_threads = draft.cpuparams_batch.n_threads = order["num_threads"]
+        draft.cpuparams.n_threads = draft.cpuparams_batch.n_threads = order["num_threads"]
         params.speculative.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_DRAFT_MTP]
     params.sampling.min_p = 0  # no model card asks for llama.cpp's 0.05
     params.ui, params.endpoint_slots, params.endpoint_metrics = False, False, True
