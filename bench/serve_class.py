@@ -79,7 +79,7 @@ def main() -> None:
         at_once, together, tokens, longest = all_at_once(served, num_chats)
         print(f"{num_chats} chats at once: {at_once:.0f} s", flush=True)
         in_turn, alone, tokens_alone = one_after_another(served, num_chats)
-    lost = sum(len(together.get(number, ())) != TURNS or not all(together[number]) for number in range(num_chats))
+    lost = sum(len(together.get(number, ())) != TURNS for number in range(num_chats))
     pairs = [(n, *both) for n in range(num_chats) for both in zip(together[n], alone[n], strict=False)]
     same = sum(one == other for _, one, other in pairs)
     mixed = sum(is_mixed_up(n, one) for n, one, other in pairs if one != other)
