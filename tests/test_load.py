@@ -137,7 +137,7 @@ def log_probs(model):
     """Return llama.cpp's log-probabilities of all 512 words after `IDS`."""
     body = {"prompt": IDS, "max_tokens": 1, "logprobs": 512, "temperature": 0, "cache_prompt": False}
     connection = model.runner._connect()
-    answer = json.loads(model.runner._request(connection, "POST", "/completions", json.dumps(body)).read())
+    answer = json.loads(model.runner._request(connection, "POST", "/v1/completions", json.dumps(body)).read())
     values = np.full(512, -np.inf)
     for word in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:
         values[word["id"]] = word["logprob"]
