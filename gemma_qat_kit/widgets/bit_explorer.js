@@ -67,7 +67,9 @@ class Controls {
     for (const name of ["row", "group"]) {
       const go = () => this.send(name, this.whole(this[name]));
       this[name].onchange = go;
-      this[name].onkeydown = (event) => event.key === "Enter" && go(); // JupyterLab keeps it from being a change
+      this[name].onkeydown = (event) => {
+        if (event.key === "Enter") go(); // JupyterLab keeps it from being a change; a false returned would undo every key
+      };
     }
   }
 

@@ -47,7 +47,8 @@ class Plot {
     for (const end of ["pointerup", "pointercancel"]) this.svg.addEventListener(end, () => this.release());
     this.svg.addEventListener("pointerleave", () => this.shown && this.onSelect(this.selected));
     this.svg.addEventListener("keydown", (event) => this.press(event));
-    this.svg.addEventListener("focusin", (event) => this.select(Number(event.target.dataset.index)));
+    this.svg.setAttribute("tabindex", -1); // else Chromium stops at the whole plot, because it listens for the focus
+    this.svg.addEventListener("focusin", ({ target: { dataset } }) => dataset.index && this.select(Number(dataset.index)));
   }
 
   // ---- what the hand does

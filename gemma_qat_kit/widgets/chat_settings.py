@@ -18,8 +18,8 @@ _NUMBERS = {
 }
 
 
-class ChatSettings(widgets.Accordion):
-    """Folded away until somebody wants them; what is changed holds from the next answer on.
+class ChatSettings(widgets.VBox):
+    """Folded away behind a button until somebody wants them; what is changed holds from the next answer on.
 
     Args:
         session: What they change.
@@ -45,13 +45,20 @@ class ChatSettings(widgets.Accordion):
         self._fields = {name: self._field(name, named) for name in _NUMBERS}
         self._connect()
         controls = [self._system, self._thinking, *self._fields.values()]
-        super().__init__([widgets.VBox(controls)], selected_index=None)
-        self.set_title(0, "Settings")
+        # Not an Accordion: no key opens one, and a screen reader does not know that it opens.
+        self._unfold = widgets.ToggleButton(description="Settings", icon="sliders", layout=widgets.Layout(width="auto"))
+        self._folded = widgets.VBox(controls, layout=widgets.Layout(display="none"))
+        self._unfold.observe(self._on_unfold, "value")
+        super().__init__([self._unfold, self._folded])
         shown = [self._models, self._new, self._save] if len(session.models) > 1 else [self._new, self._save]
         self.top = widgets.HBox(shown, layout=widgets.Layout(flex_flow="row wrap"))
-        named = {"model": self._models, "new": self._new, "save": self._save, "system": self._system}
+        named = {"model": self._models, "new": self._new, "save": self._save, "system": self._system,
+                 "settings": self._unfold}  # fmt: skip
         for name, control in (named | {"thinking": self._thinking} | self._fields).items():
             control.add_class(f"gqk-chat-{name}")
+
+    def _on_unfold(self, change: dict) -> None:
+        self._folded.layout.display = "" if change["new"] else "none"
 
     def _field(self, name: str, style: dict) -> widgets.Text:
         title, _, hint = _NUMBERS[name]
