@@ -4,7 +4,9 @@ A drafter proposes a few tokens, and the model checks all of them in one forward
 reads the model's hidden states, keys and values, so one fits a single size.
 """
 
+import hashlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -150,8 +152,14 @@ def _words(joint: tuple[int, ...]) -> str:
 
 
 def _as_gguf(folder: Path, model: Path, report: Report | None) -> Path:
-    """Return the drafter's GGUF, which lies in its folder once it has been made."""
-    path, shards = folder / _CONVERTED, weight_files(folder)
+    """Return the drafter's GGUF, which lies in its folder once it has been made, or in the kit's own where nothing can
+    be written there."""
+    shards, place = weight_files(folder), folder
+    if not os.access(folder, os.W_OK):  # a cache that a class shares
+        home = Path(os.environ.get("GEMMA_QAT_KIT_HOME") or "~/.cache/gemma_qat_kit").expanduser()
+        place = home / "drafters" / hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
+        place.mkdir(parents=True, exist_ok=True)
+    path = place / _CONVERTED
     if path.exists() and path.stat().st_mtime >= max(shard.stat().st_mtime for shard in shards):
         return path
     config, stored = read_config(folder), {}

@@ -100,6 +100,16 @@ def test_a_drafter_is_converted_once_and_again_when_its_weights_are_newer(pair):
     assert matching_drafter(model, None, "transformers").is_dir()
 
 
+def test_a_drafter_in_a_folder_that_cannot_be_written_is_converted_elsewhere(pair, tmp_path, monkeypatch):
+    model = pair("12B")
+    monkeypatch.setenv("GEMMA_QAT_KIT_HOME", str(tmp_path / "kit"))
+    monkeypatch.setattr("gemma_qat_kit.drafter.os.access", lambda *_: False)  # root may write everywhere
+    made = matching_drafter(model, None, "llama_cpp")
+    assert made.is_relative_to(tmp_path / "kit")
+    assert made == matching_drafter(model, None, "llama_cpp")
+    assert not list((model.parent / "drafter").glob("*.gguf"))
+
+
 def test_a_drafters_gguf_beside_the_model_is_taken_and_is_no_model(pair):
     model = pair("12B")
     file = matching_drafter(model, None, "llama_cpp").rename(model.parent / "drafter.gguf")

@@ -28,10 +28,13 @@ def repeating(tmp_path_factory):
     return {"transformers": folder, "llama_cpp": folder.parent / "model.gguf"}
 
 
-@pytest.mark.parametrize("engine", ["transformers", "llama_cpp"])
-@pytest.mark.parametrize("size", GEMMA_SIZES)
-def test_a_drafter_changes_the_speed_and_not_the_answer(tiny, tmp_path, size, engine):
-    source = tiny(size, "q4_0" if engine == "llama_cpp" else "bf16")
+RUNS = [(size, format) for size in GEMMA_SIZES for format in ("bf16", "q4_0")] + [("E2B", "mobile")]
+
+
+@pytest.mark.parametrize(("size", "format"), RUNS)
+def test_a_drafter_changes_the_speed_and_not_the_answer(tiny, tmp_path, monkeypatch, size, format):
+    monkeypatch.setenv("GEMMA_QAT_KIT_HOME", str(tmp_path / "kit"))
+    source, engine = tiny(size, format), "transformers" if format == "bf16" else "llama_cpp"
     model = tmp_path / source.name
     (shutil.copytree if source.is_dir() else shutil.copy)(source, model)
     shutil.copytree(tiny(size, "drafter"), (model if source.is_dir() else tmp_path) / "drafter")
