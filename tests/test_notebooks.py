@@ -91,12 +91,13 @@ def test_every_widget_is_the_last_line_of_its_cell_and_said_again_in_words(noteb
         assert "panel above" in notebook.cells[index + 1].source
 
 
-# Beside other releases the last one would cost minutes and show no more than its panel's own tests.
-RUN = [path for path in NOTEBOOKS if not os.environ.get("GQK_OVERLAY") or path.stem != "04_finetune"]
+# Beside other releases these would cost minutes and show no more than their own tests.
+RUN = [path for path in NOTEBOOKS if not os.environ.get("GQK_OVERLAY") or path.stem not in ("04_finetune", "06_teach")]
 
 # Less of the same where it takes long: enough for the order of formats, and for the form of a ticket.
 SHORTER = {"04_finetune": {"STEPS = 40": "STEPS = 20", "orders(160)": "orders(80)", "orders(10": "orders(3"},
-           "05_chat": {"MAX_NEW_TOKENS = 120": "MAX_NEW_TOKENS = 40"}}  # fmt: skip
+           "05_chat": {"MAX_NEW_TOKENS = 120": "MAX_NEW_TOKENS = 40"},
+           "06_teach": {"NUM_STUDENTS = 30": "NUM_STUDENTS = 4", "NUM_RUNS = 2": "NUM_RUNS = 1"}}  # fmt: skip
 
 
 @pytest.mark.slow
@@ -120,7 +121,8 @@ def test_a_notebook_runs_from_top_to_bottom_offline(path, monkeypatch, tmp_path)
     stored = notebook.metadata.widgets["application/vnd.jupyter.widget-state+json"]["state"].values()
     states = [state["state"] for state in stored]
     checks = {"00_start_here": _check_start_here, "01_quantize": _check_quantize, "02_memory": _check_memory}
-    checks |= {"03_qat": _check_qat, "04_finetune": _check_finetune, "05_chat": _check_chat}
+    checks |= {"03_qat": _check_qat, "04_finetune": _check_finetune, "05_chat": _check_chat,
+               "06_teach": _check_teach}  # fmt: skip
     checks[path.stem](notebook, states)
 
 
@@ -241,3 +243,15 @@ def _check_finetune(notebook, states):
     shown = " ".join(str(state.get("value", "")) for state in states)
     assert "after 20 steps" in shown
     assert "Written:" in shown
+
+
+def _check_teach(notebook, states):
+    """A class is drawn from real runs, and a file that was changed is named."""
+    drawn = _cell(notebook, "results = gqk.pool(folder)").outputs[-1].data["text/html"]
+    assert re.findall(r'<th scope="row">(.*?)</th>', drawn) == [*(f"Student {i:02}" for i in range(1, 5)), "Solved by"]
+    assert "Predicted against measured memory of 8 runs" in drawn
+    assert "by scales alone" in drawn
+    assert "Left out" not in drawn
+    said = _cell(notebook, "import shutil").outputs[-1].data["text/plain"]
+    assert "Left out: student_01.json was changed or damaged" in said
+    assert len(_table(notebook, "results.receipts")) >= 3
