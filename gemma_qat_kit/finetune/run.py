@@ -1,12 +1,10 @@
 """What fine-tuning did: its losses, what held-out conversations said, and a few answers before and after."""
 
-import html
 import math
 from dataclasses import dataclass
 
-from gemma_qat_kit.catalog import PANEL_STYLE
 from gemma_qat_kit.finetune.settings import FinetuneSettings
-from gemma_qat_kit.qat.run import Step
+from gemma_qat_kit.qat.run import Step, html_table, panel_html, text_table
 
 _HEADINGS = ("Held-out answers", "Surprise", "Perplexity")
 
@@ -92,26 +90,13 @@ class FinetuneRun:
         return [(question, given[0], given[-1]) for question, given in answers.items()]
 
     def __str__(self) -> str:
-        rows = [_HEADINGS, *self._rows()]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADINGS))]
-        lines = ["  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-                 for row in rows]  # fmt: skip
         said = [f"{question}\n  before: {before}\n  after:  {after}" for question, before, after in self._pairs()]
-        return "\n".join([self.name, *lines, self._note(), *said])
+        return "\n".join([self.name, *text_table(_HEADINGS, self._rows()), self._note(), *said])
 
     def _repr_html_(self) -> str:
-        table = _table(_HEADINGS, self._rows())
-        said = _table(("Asked", "Before", "After"), self._pairs()) if self.samples else ""
-        return (
-            f'{PANEL_STYLE}<div class="gqk-panel"><div><strong>{html.escape(self.name)}</strong></div>{table}{said}'
-            f'<div class="gqk-dim">{html.escape(self._note())}</div></div>'
-        )
-
-
-def _table(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in headings)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<table class="gqk-table"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+        pairs = self._pairs()
+        said = html_table(("Asked", "Before", "After"), pairs, are_figures=False) if pairs else ""
+        return panel_html(self.name, html_table(_HEADINGS, self._rows()) + said, self._note())
 
 
 def _label(evaluation: TuneEvaluation, best: TuneEvaluation) -> str:

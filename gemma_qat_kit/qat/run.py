@@ -76,28 +76,38 @@ class QatRun:
         )
 
     def __str__(self) -> str:
-        rows = [_HEADINGS, *self._rows()]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADINGS))]
-        lines = ["  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-                 for row in rows]  # fmt: skip
-        return "\n".join([self.name, *lines, self._note()])
+        return "\n".join([self.name, *text_table(_HEADINGS, self._rows()), self._note()])
 
     def _repr_html_(self) -> str:
-        head = "".join(f'<th scope="col">{cell}</th>' for cell in _HEADINGS)
-        body = "".join(
-            f"<tr><td>{html.escape(row[0])}</td>"
-            + "".join(f'<td class="gqk-bytes">{c}</td>' for c in row[1:])
-            + "</tr>"
-            for row in self._rows()
-        )
-        return (
-            f'{PANEL_STYLE}<div class="gqk-panel"><div><strong>{html.escape(self.name)}</strong></div>'
-            f'<table class="gqk-table"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
-            f'<div class="gqk-dim">{html.escape(self._note())}</div></div>'
-        )
+        return panel_html(self.name, html_table(_HEADINGS, self._rows()), self._note())
 
 
 _HEADINGS = ("Held-out text", "Perplexity", "KL", "Recovered")
+
+
+def text_table(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    """Return the lines of a table: names to the left, figures to the right."""
+    rows = [headings, *rows]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(headings))]
+    return ["  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+            for row in rows]  # fmt: skip
+
+
+def html_table(headings: tuple[str, ...], rows: list[tuple[str, ...]], *, are_figures: bool = True) -> str:
+    """Draw a table, its texts escaped; figures after each row's name, or texts."""
+    cell = '<td class="gqk-bytes">' if are_figures else "<td>"
+    head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in headings)
+    body = "".join(f"<tr><td>{html.escape(name)}</td>{''.join(f'{cell}{html.escape(one)}</td>' for one in rest)}</tr>"
+                   for name, *rest in rows)  # fmt: skip
+    return f'<table class="gqk-table"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+
+
+def panel_html(name: str, tables: str, note: str) -> str:
+    """Draw a run: the model's name, tables, and a note."""
+    return (
+        f'{PANEL_STYLE}<div class="gqk-panel"><div><strong>{html.escape(name)}</strong></div>{tables}'
+        f'<div class="gqk-dim">{html.escape(note)}</div></div>'
+    )
 
 
 def _label(evaluation: Evaluation, best: Evaluation) -> str:
