@@ -95,7 +95,7 @@ def test_every_widget_is_the_last_line_of_its_cell_and_said_again_in_words(noteb
 RUN = [path for path in NOTEBOOKS if not os.environ.get("GQK_OVERLAY") or path.stem not in ("04_finetune", "06_teach")]
 
 # Less of the same where it takes long: enough for the order of formats, and for the form of a ticket.
-SHORTER = {"04_finetune": {"STEPS = 40": "STEPS = 20", "orders(160)": "orders(80)", "orders(10": "orders(3"},
+SHORTER = {"04_finetune": {"STEPS = 40": "STEPS = 20", "orders(10": "orders(3"},
            "05_chat": {"MAX_NEW_TOKENS = 120": "MAX_NEW_TOKENS = 40"},
            "06_teach": {"NUM_STUDENTS = 30": "NUM_STUDENTS = 4", "NUM_RUNS = 2": "NUM_RUNS = 1"}}  # fmt: skip
 
