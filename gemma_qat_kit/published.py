@@ -202,7 +202,7 @@ def _drafter_rows(size: str, it: _Size) -> list[Checkpoint]:
     trained = _row(size, "q4_0-unquantized", "-qat-q4_0-unquantized-assistant", files, needs)
     return [
         replace(plain, notes="Proposes tokens for the bf16 model; cannot chat by itself."),
-        replace(trained, notes="Proposes tokens for q4_0, q4_0-unquantized and w4a16; cannot chat by itself."),
+        replace(trained, notes="Proposes tokens for q4_0, q4_0-unquantized, w4a16 and mobile; cannot chat by itself."),
     ]
 
 
