@@ -9,11 +9,9 @@ from numbers import Integral, Real
 from typing import Protocol
 
 from gemma_qat_kit.errors import BadSettingError
+from gemma_qat_kit.messages import Message
+from gemma_qat_kit.tools import ToolCall, call_message
 
-Message = dict[str, str]
-"""One turn of a conversation: {"role": "system" | "user" | "assistant", "content": text}."""
-
-ROLES = ("system", "user", "assistant")
 STOP_IDS = [1, 106, 50]
 """Ids that end Gemma 4's turn: <eos>, <turn|> and <|tool_response>. Source: the model cards' generation_config.json."""
 _MAX_INT = 2**31 - 1  # the engines count in int32
@@ -116,6 +114,7 @@ class Reply:
         cached_prompt_tokens: Of the prompt, those that were not read again, or None where the engine does not say.
         drafted_tokens: Tokens that an MTP drafter proposed so far, or None where there was none.
         accepted_tokens: Of these, what the model would have said, too.
+        tool_calls: The functions that the model asks for; nobody has run them.
     """
 
     text: str
@@ -128,14 +127,16 @@ class Reply:
     cached_prompt_tokens: int | None = None
     drafted_tokens: int | None = None
     accepted_tokens: int | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
 
     def __str__(self) -> str:
         return self.text
 
     @property
     def message(self) -> Message:
-        """The reply as a turn to append to the conversation: the answer without the thoughts."""
-        return {"role": "assistant", "content": self.text}
+        """The reply as a turn to append to the conversation: the answer and the calls, without the thoughts."""
+        calls = [call_message(call) for call in self.tool_calls if call.name]
+        return {"role": "assistant", "content": self.text} | ({"tool_calls": calls} if calls else {})
 
     @property
     def tokens_per_second(self) -> float:
@@ -153,9 +154,10 @@ class EngineStream(Protocol):
     """What an engine returns for one request: an iterator of Deltas that ends with a Finish, and a way to stop it.
 
     One that drafts also has `drafts`: the tokens drafted and accepted so far, or (None, None).
+    Calls of tools come between the Deltas, each when it is whole.
     """
 
-    def __iter__(self) -> Iterator[Delta | Finish]: ...
+    def __iter__(self) -> Iterator[Delta | ToolCall | Finish]: ...
 
     def cancel(self) -> None:
         """Stop from any thread; the iterator then ends."""
@@ -175,6 +177,7 @@ class Stream:
     _started: float = field(default_factory=time.perf_counter)
     _answer: list[str] = field(default_factory=list)
     _thoughts: list[str] = field(default_factory=list)
+    _calls: list[ToolCall] = field(default_factory=list)
     _first: float | None = None
     _ended: float | None = None
     _finish: Finish | None = None
@@ -201,6 +204,9 @@ class Stream:
                     break
                 if self._first is None:
                     self._first = time.perf_counter()
+                if isinstance(piece, ToolCall):
+                    self._calls.append(piece)
+                    continue
                 (self._thoughts if piece.is_thought else self._answer).append(piece)
                 yield piece
         except BaseException:
@@ -235,42 +241,5 @@ class Stream:
             cached_prompt_tokens=finish.cached_prompt_tokens,
             drafted_tokens=finish.drafted_tokens,
             accepted_tokens=finish.accepted_tokens,
+            tool_calls=tuple(self._calls),
         )
-
-
-def as_messages(conversation: str | list[Message]) -> list[Message]:
-    """Return a conversation as a list of messages with the thoughts of earlier answers left out.
-
-    Args:
-        conversation: A question, or a list of messages whose last one is the user's.
-
-    Raises:
-        BadSettingError: Empty, a role that is not in `ROLES`, a content that is not text, or no question at the end.
-    """
-    is_list = isinstance(conversation, (list, tuple))
-    messages = list(conversation) if is_list else [{"role": "user", "content": conversation}]
-    for message in messages:
-        if not _is_message(message):
-            raise BadSettingError(
-                f"{message!r:.200} is not a message." if is_list else f"{conversation!r:.200} is not a conversation.",
-                'A message is {"role": "system", "user" or "assistant", "content": text}.',
-                'Pass a string, or a list such as [{"role": "user", "content": "Hello"}].',
-            )
-    if not messages or messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
-        raise BadSettingError(
-            "There is no question to answer.",
-            "The last message is the user's and is not empty.",
-            "Add one and try again.",
-        )
-    return [m | {"content": strip_thoughts(m["content"])} if m["role"] == "assistant" else m for m in messages]
-
-
-def _is_message(message: object) -> bool:
-    is_turn = isinstance(message, dict) and message.get("role") in ROLES
-    return is_turn and isinstance(message.get("content"), str)
-
-
-def strip_thoughts(text: str) -> str:
-    """Remove Gemma's thought blocks, `<|channel>` to `<channel|>`, from a text."""
-    kept = [part.split("<|channel>")[0] for part in text.split("<channel|>")]
-    return "".join(kept).strip() if len(kept) > 1 or "<|channel>" in text else text

@@ -1,16 +1,19 @@
 """A loaded model: one face, whatever engine runs it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 from gemma_qat_kit import out_of_memory
+from gemma_qat_kit.attachments import kinds_in
 from gemma_qat_kit.catalog import BUILT_IN_SIZE, Sampling
 from gemma_qat_kit.engines.server_queue import Queue
 from gemma_qat_kit.errors import BadSettingError
-from gemma_qat_kit.generation import Message, Reply, Settings, Stream, as_messages
+from gemma_qat_kit.generation import Reply, Settings, Stream
 from gemma_qat_kit.memory.measure import MemoryUse
+from gemma_qat_kit.messages import Message, as_messages
 from gemma_qat_kit.recording import chat_receipt, settings_of
+from gemma_qat_kit.tools import tool_schemas
 
 
 @dataclass(eq=False)
@@ -53,6 +56,11 @@ class Model:
         return drafting.note if drafting else None
 
     @property
+    def takes(self) -> tuple[str, ...]:
+        """What a question may hold besides text: "image", "audio", both or nothing. A server refuses for itself."""
+        return self.runner.takes
+
+    @property
     def hf(self) -> tuple:
         """The plain (model, processor) of transformers.
 
@@ -77,18 +85,22 @@ class Model:
         top_p: float | None = None,
         top_k: int | None = None,
         seed: int | None = None,
+        tools: Sequence[dict | Callable] | None = None,
     ) -> Stream:
         """Answer a question or conversation piece by piece.
 
         Args:
-            conversation: A question, or messages whose last one is the user's; thoughts in earlier answers are left
-                out.
+            conversation: A question, or messages whose last one is the user's or a tool's; thoughts in earlier answers
+                are left out. A user's content may hold images and sound; see `attachments`.
             thinking: Let the model think first; the pieces then say which of them `is_thought`.
             max_new_tokens: Most tokens to generate, thoughts included.
             temperature: None takes the model card's value, as for `top_p` and `top_k`; 0 is repeatable without a seed.
             top_p: Keep the likeliest tokens that together reach this probability.
             top_k: Keep this many of the likeliest tokens; 0 keeps all.
             seed: Makes sampling repeatable.
+            tools: Functions that the model may ask for: Python functions, or JSON schemas. None is ever run: the calls
+                are in the reply's `tool_calls`, and a message {"role": "tool", "name": …, "content": text} after
+                `reply.message` says what came of one.
 
         Returns:
             An iterator of text pieces with `reply` (the answer so far) and `cancel()`.
@@ -104,7 +116,8 @@ class Model:
                 f"{self.size} cannot think.", "Gemma 4 can, in every size.", "Leave thinking=False, or load E2B."
             )
         settings = self._settings(thinking, max_new_tokens, temperature, top_p, top_k, seed)
-        return self._recorded(Stream(self.runner.stream(as_messages(conversation), settings)))
+        offered = {"tools": tool_schemas(tools)} if tools else {}
+        return self._recorded(Stream(self.runner.stream(self._messages(conversation), settings, **offered)))
 
     def chat(self, conversation: str | list[Message], **settings) -> Reply:
         """Answer a question or conversation and return the whole reply; takes what `stream` takes."""
@@ -150,7 +163,20 @@ class Model:
             BadSettingError: A message that cannot be used.
             EndpointError: The server is down.
         """
-        return self.runner.num_tokens(as_messages(conversation), thinking=thinking)
+        return self.runner.num_tokens(self._messages(conversation), thinking=thinking)
+
+    def _messages(self, conversation: str | list[Message]) -> list[Message]:
+        """Return a checked conversation that this model can take in whole."""
+        messages = as_messages(conversation)
+        if extra := kinds_in(messages) - set(self.takes):
+            raise BadSettingError(
+                f"{self.name} takes no {' and no '.join(sorted(extra))}.",
+                f"As it was loaded, it takes text{''.join(f' and {kind}' for kind in self.takes)}.",
+                f'Load it with its towers: gqk.load("{self.size or "…"}", "{self.format}", text_only=False).'
+                if not self.takes and self.size != BUILT_IN_SIZE
+                else "Take E2B, E4B or 12B, which see and hear; 26B-A4B and 31B see.",
+            )
+        return messages
 
     def _recorded(self, stream: Stream) -> Stream:
         """Keep a receipt of the memory that an answer takes, and say what would take less where it was too much."""

@@ -5,7 +5,7 @@ tokenizer with Gemma's own special ids below 110, and a chat template that behav
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 from gemma_qat_kit.architectures import drafter_config, hf_config, layer_types
@@ -19,6 +19,7 @@ from gemma_qat_kit.layouts import (
     mobile_tensors,
     w4a16_tensors,
 )
+from gemma_qat_kit.tiny_chat import CHAT_TEMPLATE, tiny_tokenizer
 
 TINY_FORMATS = ("bf16", "q4_0-unquantized", "w4a16", "mobile", "q4_0")
 _TEXT = {"hidden_size": 256, "intermediate_size": 128, "num_attention_heads": 4, "head_dim": 32,
@@ -50,7 +51,8 @@ def tiny_config(size: str, format: str = "bf16") -> dict:
         text |= {"num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 32}
     if config["model_type"] == "gemma4_unified":
         config["vision_config"] |= {"mm_embed_dim": 48, "mm_posemb_size": 64, "output_proj_dims": 48}
-        config["audio_config"] |= {"audio_embed_dim": 48, "hidden_size": 48, "output_proj_dims": 48}
+        config["audio_config"] |= {"audio_embed_dim": 48, "hidden_size": 48, "output_proj_dims": 48,
+                                   "audio_samples_per_token": 48}  # fmt: skip
     else:
         config["vision_config"] |= _VISION
         if config["audio_config"]:
@@ -217,57 +219,8 @@ def write_settings(folder: Path, config: dict, generation: dict | None = None) -
         "config.json": config,
         "generation_config.json": defaults | (generation or {}),
         "tokenizer_config.json": tokenizer_config,
+        "processor_config.json": {"image_processor": {"max_soft_tokens": 70}},  # the position table has 64 rows
     }.items():
         (folder / name).write_text(json.dumps(content, indent=2))
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     tiny_tokenizer().save(str(folder / "tokenizer.json"))
-
-
-CHAT_TEMPLATE = """{{- bos_token -}}
-{%- set ns = namespace(messages=messages) -%}
-{%- if enable_thinking or messages[0]['role'] == 'system' -%}
-{{- '<|turn>system\\n' -}}
-{%- if enable_thinking %}{{ '<|think|>\\n' }}{% endif -%}
-{%- if messages[0]['role'] == 'system' -%}
-{{- messages[0]['content'] | trim -}}
-{%- set ns.messages = messages[1:] -%}
-{%- endif -%}
-{{- '<turn|>\\n' -}}
-{%- endif -%}
-{%- for message in ns.messages -%}
-{{- '<|turn>' + ('model' if message['role'] == 'assistant' else message['role']) + '\\n' -}}
-{%- for part in message['content'].split('<channel|>') %}{{ part.split('<|channel>')[0] }}{% endfor -%}
-{{- '<turn|>\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt %}{{ '<|turn>model\\n' }}{% endif -%}"""
-
-_SPECIAL = {0: "<pad>", 1: "<eos>", 2: "<bos>", 3: "<unk>", 50: "<|tool_response>", 98: "<|think|>", 100: "<|channel>",
-            101: "<channel|>", 105: "<|turn>", 106: "<turn|>", 500: "<|image|>", 501: "<|audio|>", 502: "<|image>",
-            503: "<|audio>", 504: "<image|>", 505: "<audio|>", 506: "<|video|>"}  # fmt: skip
-_WORDS = ("the", "and", "is", "was", "thought", "user", "model", "system", "sky", "blue")
-
-
-def _pieces() -> Iterator[str]:
-    """Yield the ordinary pieces: letters and marks, then what the merges build, then the 256 bytes."""
-    yield from "\n▁abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:;!?'\"-()"
-    for word in _WORDS:
-        yield from (word[:end] for end in range(2, len(word) + 1))
-    yield from (f"<0x{byte:02X}>" for byte in range(256))
-
-
-def tiny_tokenizer():
-    """Return a `tokenizers.Tokenizer` of 512 pieces built as Gemma's: byte-pair merges, byte fallback."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
-
-    vocab = {token: index for index, token in _SPECIAL.items()}
-    vocab["\n"] = 107
-    free = iter(index for index in range(512) if index not in _SPECIAL and index != 107)
-    vocab |= {piece: next(free) for piece in dict.fromkeys(_pieces()) if piece not in vocab}
-    vocab |= {f"<unused{index}>": index for index in free}
-    merges = dict.fromkeys((word[:end], word[end]) for word in _WORDS for end in range(1, len(word)))
-    model = models.BPE(vocab=vocab, merges=list(merges), unk_token="<unk>", byte_fallback=True, fuse_unk=True)
-    tokenizer = Tokenizer(model)
-    tokenizer.normalizer = normalizers.Replace(" ", "▁")
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in _SPECIAL.values()])
-    return tokenizer

@@ -221,7 +221,7 @@ def test_nonsense_in_mid_stream_keeps_what_came(data):
 
 
 def test_an_event_without_end_is_given_up(monkeypatch):
-    monkeypatch.setattr("gemma_qat_kit.engines.endpoint.MAX_BYTES", 2**16)
+    monkeypatch.setattr("gemma_qat_kit.engines.server_stream.MAX_BYTES", 2**16)
     with FakeServer([A, b'data: "', *[b"x" * 2**12] * 17]) as server:
         error, reply = refused_answer(server)
     assert "sent something else than an answer" in error.wrong

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from gemma_qat_kit.errors import BadSettingError
-from gemma_qat_kit.generation import Delta, Finish, Reply, Settings, Stream, as_messages, strip_thoughts
+from gemma_qat_kit.generation import Delta, Finish, Reply, Settings, Stream
+from gemma_qat_kit.messages import as_messages, strip_thoughts
+from gemma_qat_kit.tools import ToolCall
 
 GOOD = {"thinking": False, "max_new_tokens": 8, "temperature": 1.0, "top_p": 0.95, "top_k": 64, "seed": None}
 
@@ -78,7 +80,7 @@ def test_thought_blocks_are_cut_out(text, answer):
 
 @pytest.mark.parametrize(
     "message",
-    ["text", None, {}, turn("tool", "x"), turn("user", None), turn("user", [{"type": "text"}]), {"role": "user"}],
+    ["text", None, {}, turn("tool", "x"), turn("user", None), turn("assistant", []), {"role": "user"}],
 )
 def test_what_is_not_a_message_is_shown(message):
     with pytest.raises(BadSettingError) as caught:
@@ -216,3 +218,70 @@ def test_speed_counts_the_tokens_after_the_first():
 @pytest.mark.parametrize(("new_tokens", "seconds"), [(0, 1.0), (1, 3.0), (5, 1.0)])
 def test_speed_of_what_is_too_short_to_measure_is_zero(new_tokens, seconds):
     assert Reply("", "", "stop", 5, new_tokens, first_token_seconds=1.0, seconds=seconds).tokens_per_second == 0.0
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+
+
+def asking(*calls, **more):
+    return {"role": "assistant", "content": "", "tool_calls": list(calls)} | more
+
+
+def answering(name="add", content="2"):
+    return {"role": "tool", "name": name, "content": content}
+
+
+def test_images_and_sound_of_a_user_are_checked():
+    parts = [{"type": "image", "image": b"GIF89a\1\0\1\0"}, {"type": "text", "text": "What?"}]
+    [message] = as_messages([turn("user", parts)])
+    assert message["content"][0] == {"type": "image", "media_type": "image/gif", "data": parts[0]["image"]}
+    assert as_messages([message]) == [message]
+    assert as_messages([turn("user", parts[:1])])[0]["content"][0]["type"] == "image"  # a question without words
+    with pytest.raises(BadSettingError, match=r"is no content of a message"):
+        as_messages([turn("user", [{"type": "text"}])])
+    with pytest.raises(BadSettingError, match=r"is not a message"):
+        as_messages([turn("system", parts), turn("user", "a")])
+
+
+def test_calls_and_their_answers_get_the_same_ids_in_order():
+    other = {"type": "function", "function": {"name": "now", "arguments": "{}"}}
+    asked = as_messages([turn("user", "a"), asking(CALL, other, CALL), answering("now"), answering(), answering()])
+    assert [call["id"] for call in asked[1]["tool_calls"]] == ["call_0", "call_1", "call_2"]
+    assert [message["tool_call_id"] for message in asked[2:]] == ["call_1", "call_0", "call_2"]
+    assert asked[1]["tool_calls"][1]["function"] == {"name": "now", "arguments": {}}  # from JSON, as OpenAI has it
+    assert as_messages(asked) == asked
+
+
+@pytest.mark.parametrize(
+    "history",
+    [[], [turn("assistant", "b")], [asking(CALL), answering("sub")], [asking(CALL), answering(), answering()],
+     [asking(CALL), turn("user", "b"), answering()]],
+)  # fmt: skip
+def test_an_answer_to_a_call_that_nobody_made_is_refused(history):
+    if not history or history[-1]["role"] != "tool":
+        history = [*history, answering()]
+    with pytest.raises(BadSettingError, match=r"There is no call of .* to answer\. .* Append reply\.message"):
+        as_messages([turn("user", "a"), *history])
+
+
+@pytest.mark.parametrize(
+    "call",
+    [None, "add", {}, {"function": None}, {"function": {"name": "a b"}}, {"function": {"name": 1, "arguments": {}}},
+     {"function": {"name": "add", "arguments": "{"}}, {"function": {"name": "add", "arguments": "[1]"}},
+     {"function": {"name": "add", "arguments": 7}}],
+)  # fmt: skip
+def test_what_is_no_call_is_refused(call):
+    with pytest.raises(BadSettingError, match="is no call of a tool"):
+        as_messages([turn("user", "a"), asking(call), turn("user", "b")])
+
+
+def test_calls_are_kept_apart_from_the_answer_and_go_into_the_history():
+    good, broken, nameless = ToolCall("add", {"a": 1}), ToolCall("sub", {}, "call:sub{"), ToolCall("", {}, "nonsense")
+    stream = Stream(Source(Delta("Let me see."), good, broken, nameless))
+    assert list(stream) == ["Let me see."]
+    assert stream.reply.tool_calls == (good, broken, nameless)
+    message = stream.reply.message
+    assert message["content"] == "Let me see."
+    assert [call["function"]["name"] for call in message["tool_calls"]] == ["add", "sub"]
+    assert as_messages([turn("user", "a"), message, answering(), answering("sub")])
+    assert Stream(Source("a")).reply.message.keys() == {"role", "content"}

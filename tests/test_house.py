@@ -17,13 +17,14 @@ from gemma_qat_kit.quality.post_training import collect_importance
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "gemma_qat_kit"
 FLOORS = (
-    "errors units progress published catalog architectures layouts parameters machine generation attachments",
+    "errors units progress published catalog architectures layouts parameters machine "
+    "attachments tools messages generation",
     "formats gguf",
     "memory quality verdicts environment",
     "hub download checkpoint drafter engines recording model speed load serve out_of_memory loading_note",
     "qat weights",
     "finetune",
-    "grid_report export testing chat",
+    "grid_report export testing tiny_chat chat",
     "classroom",
     "widgets",
     "__main__",

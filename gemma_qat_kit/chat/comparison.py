@@ -10,7 +10,7 @@ from pathlib import Path
 from gemma_qat_kit.chat.conversation_file import read_json, write_text
 from gemma_qat_kit.chat.models import held_bytes, named_models
 from gemma_qat_kit.errors import BadSettingError, KitError
-from gemma_qat_kit.generation import Message
+from gemma_qat_kit.messages import Message
 
 MOST_MODELS = 4
 _KIND, _VERSION = "gemma_qat_kit comparison", 1

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from gemma_qat_kit.errors import BadSettingError
-from gemma_qat_kit.generation import Message
+from gemma_qat_kit.messages import Message
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from gemma_qat_kit.attachments import decode_attachments, encode_attachments
 from gemma_qat_kit.chat.answer import Answer
 from gemma_qat_kit.chat.context import fit_context
 from gemma_qat_kit.errors import BadSettingError
-from gemma_qat_kit.generation import Message
+from gemma_qat_kit.messages import Message
 
 
 @dataclass(frozen=True)

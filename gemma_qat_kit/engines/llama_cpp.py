@@ -60,6 +60,7 @@ class LlamaCppEngine(EndpointEngine):
     """
 
     name = "llama_cpp"
+    takes = ()
     gather_seconds = 0.05  # it computes on the cores that read, and twenty times a second looks fluent
 
     def __init__(

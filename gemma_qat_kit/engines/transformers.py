@@ -4,21 +4,25 @@ import gc
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 
+from gemma_qat_kit.attachments import kinds_in
 from gemma_qat_kit.engines import transformers_traps as traps
 from gemma_qat_kit.engines.allocator import give_freed_memory_back
 from gemma_qat_kit.engines.drafting import Drafting
 from gemma_qat_kit.engines.half import keep_sums_in_float32
 from gemma_qat_kit.engines.transformers_config import load_config
 from gemma_qat_kit.engines.transformers_gguf import load_gguf
+from gemma_qat_kit.engines.transformers_media import MediaEncoder
 from gemma_qat_kit.engines.transformers_report import quiet, reporting
 from gemma_qat_kit.engines.transformers_stream import GenerateStream, plain_speed
 from gemma_qat_kit.errors import BadSettingError, BrokenCheckpointError, MissingLibraryError, ModelClosedError
-from gemma_qat_kit.generation import STOP_IDS, Message, Settings
+from gemma_qat_kit.generation import STOP_IDS, Settings
 from gemma_qat_kit.gguf.header import longest_context
 from gemma_qat_kit.memory.parts import Part
 from gemma_qat_kit.memory.settings import check_context_length
+from gemma_qat_kit.messages import Message
 from gemma_qat_kit.progress import Report
 from gemma_qat_kit.quality.scoring import ModuleScorer
 
@@ -94,7 +98,7 @@ class TransformersEngine:
                 self.drafter = _load_drafter(drafter, self.dtype, self.device)
         if self.dtype == torch.float16:
             keep_sums_in_float32(self.model)
-        self.processor = self.tokenizer if text_only else _load_processor(folder)
+        self._media = None if text_only else MediaEncoder(folder, self.model.config)
         self._lock = threading.Lock()  # two cells may use one model: one after the other
         if drafter:
             self.drafting = Drafting(plain_speed(self.model))
@@ -112,10 +116,22 @@ class TransformersEngine:
         """The plain (model, processor) of transformers; the processor of a text-only load is its tokenizer."""
         return self.model, self.processor
 
-    def stream(self, conversation: str | list[Message], settings: Settings) -> "GenerateStream":
+    @cached_property
+    def processor(self):
+        """transformers' processor: the tokenizer, or with towers the one of all, which needs torchvision."""
+        return self.tokenizer if self._media is None else _load_processor(self.path)
+
+    @property
+    def takes(self) -> tuple[str, ...]:
+        """What the loaded towers take: "image", "audio"."""
+        return self._media.takes if self._media else ()
+
+    def stream(
+        self, conversation: str | list[Message], settings: Settings, tools: list[dict] | None = None
+    ) -> "GenerateStream":
         """Start answering a conversation (or, given a string, continuing a text) and return the stream."""
         self._check_open()
-        inputs = self._encode(conversation, settings).to(self.device)
+        inputs = self._encode(conversation, settings, tools).to(self.device)
         room = self.context_length - inputs["input_ids"].shape[1]
         if room < 1:
             raise BadSettingError(
@@ -135,16 +151,20 @@ class TransformersEngine:
         if self.model is None:
             raise ModelClosedError("This model is closed.", "A closed model answers no more.", "Load it again.")
 
-    def _encode(self, conversation: str | list[Message], settings: Settings):
+    def _encode(self, conversation: str | list[Message], settings: Settings, tools: list[dict] | None = None):
         if isinstance(conversation, str):
             return self.tokenizer(conversation, return_tensors="pt")
-        return self.tokenizer.apply_chat_template(
+        inputs = self.tokenizer.apply_chat_template(
             conversation,
+            tools=tools or None,
             add_generation_prompt=True,
             enable_thinking=settings.thinking,
             return_tensors="pt",
             return_dict=True,
         )
+        if self._media is not None and kinds_in(conversation):
+            inputs.data = self._media.inputs(inputs["input_ids"][0].tolist(), conversation)
+        return inputs
 
     def tokenize(self, text: str) -> list[int]:
         """Return the token ids of a text, with the first token that the model wants."""

@@ -10,8 +10,9 @@ from itertools import pairwise
 from types import SimpleNamespace
 
 from gemma_qat_kit.engines.packed import holding_values
-from gemma_qat_kit.generation import Delta, Finish, Settings
+from gemma_qat_kit.generation import STOP_IDS, Delta, Finish, Settings
 from gemma_qat_kit.memory.work import PREFILL_CHUNK
+from gemma_qat_kit.tools import ToolCall, parse_call
 
 
 class GenerateStream:
@@ -111,7 +112,7 @@ class GenerateStream:
     def end(self) -> None:
         """Called by `generate` after the last token; the end is told by `_run`."""
 
-    def __iter__(self) -> Iterator[Delta | Finish]:
+    def __iter__(self) -> Iterator[Delta | ToolCall | Finish]:
         while True:
             piece = self._pieces.get()
             if isinstance(piece, BaseException):
@@ -145,7 +146,7 @@ def plain_speed(model) -> float:
 
 
 class ThoughtSplitter:
-    """Turn token ids into text as they come, thoughts apart from the answer.
+    """Turn token ids into text as they come, thoughts and calls of tools apart from the answer.
 
     A thought block is `<|channel>thought\\n … <channel|>`; its first line names the channel and is dropped.
     """
@@ -153,12 +154,20 @@ class ThoughtSplitter:
     def __init__(self, tokenizer):
         self._tokenizer = tokenizer
         self._open, self._close = (_id_of(tokenizer, token) for token in ("<|channel>", "<channel|>"))
-        self._is_thought = self._is_header = False
+        self._call, self._call_end = (_id_of(tokenizer, token) for token in ("<|tool_call>", "<tool_call|>"))
+        self._is_thought = self._is_header = self._is_call = False
         self._ids: list[int] = []
         self._shown = 0  # characters of the decoded ids that have been given out
 
-    def push(self, token_id: int) -> Iterator[Delta]:
-        """Yield the text that one more token completes."""
+    def push(self, token_id: int) -> Iterator[Delta | ToolCall]:
+        """Yield the text, or the call, that one more token completes."""
+        if token_id in (self._call, self._call_end) or (self._is_call and token_id in STOP_IDS):
+            yield from self.flush()
+            self._is_call = token_id == self._call
+            return
+        if self._is_call:
+            self._ids.append(token_id)
+            return
         if token_id in (self._open, self._close):
             yield from self.flush()
             self._is_thought = self._is_header = token_id == self._open
@@ -166,10 +175,13 @@ class ThoughtSplitter:
         self._ids.append(token_id)
         yield from self._new_text(is_last=False)
 
-    def flush(self) -> Iterator[Delta]:
+    def flush(self) -> Iterator[Delta | ToolCall]:
         """Yield what is left, incomplete characters included, and start a new segment."""
-        yield from self._new_text(is_last=True)
-        self._ids, self._shown, self._is_header = [], 0, False
+        if self._is_call:
+            yield parse_call(self._tokenizer.decode(self._ids, skip_special_tokens=False))
+        else:
+            yield from self._new_text(is_last=True)
+        self._ids, self._shown, self._is_header, self._is_call = [], 0, False, False
 
     def _new_text(self, *, is_last: bool) -> Iterator[Delta]:
         text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
