@@ -58,7 +58,7 @@ class Model:
     @property
     def takes(self) -> tuple[str, ...]:
         """What a question may hold besides text: "image", "audio", both or nothing. A server refuses for itself."""
-        return self.runner.takes
+        return getattr(self.runner, "takes", ())
 
     @property
     def hf(self) -> tuple:
