@@ -9,9 +9,6 @@ import gemma_qat_kit as gqk
 from gemma_qat_kit import testing
 from gemma_qat_kit.architectures import GEMMA_SIZES
 from gemma_qat_kit.engines.transformers_stream import ThoughtSplitter
-from gemma_qat_kit.errors import (
-    MissingLibraryError,
-)
 from gemma_qat_kit.generation import STOP_IDS
 from gemma_qat_kit.hub.cache import cache_folder
 from gemma_qat_kit.layouts import bf16_tensors, is_text
