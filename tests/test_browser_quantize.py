@@ -134,8 +134,8 @@ def test_a_weight_far_beyond_the_others_sets_the_scale_of_all(page, explorer):
 
 def test_arrow_keys_pick_and_move_a_weight_and_stay_in_the_widget(page, explorer):
     before = _codes(explorer)
-    cell = page.evaluate("jupyterapp.shell.currentWidget.content.activeCellIndex")
     explorer.locator(".gqk-bits-weight").nth(0).focus()
+    cell = page.evaluate("jupyterapp.shell.currentWidget.content.activeCellIndex")
     for _ in range(3):
         page.keyboard.press("ArrowRight")
     weight = explorer.locator(".gqk-bits-weight:focus")
@@ -167,7 +167,8 @@ def test_the_buttons_and_the_fields_go_to_other_groups(page, explorer):
     explorer.locator(".gqk-bits-random").click()
     before = _wait_for_codes(explorer, before)
     for name in ("row", "group"):
-        explorer.locator(f"input.gqk-bits-{name}").fill("0")
+        explorer.locator(f"input.gqk-bits-{name}").fill("")
+        explorer.locator(f"input.gqk-bits-{name}").press_sequentially("0")  # by keys: a handler once swallowed them
         explorer.locator(f"input.gqk-bits-{name}").press("Enter")
         before = _wait_for_codes(explorer, before)
     assert before == first

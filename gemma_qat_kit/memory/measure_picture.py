@@ -14,6 +14,7 @@ PLACE_COLOURS = {"ram": "#0072B2", "mapped": "#56B4E9", "gpu": "#E69F00"}  # Oka
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 520, 280, 64, 14, 46, 40
 _MOST_POINTS, _MOST_MARKS = 250, 8  # drawn
 _STEPS = (1, 2, 5, 10)
+_HALO = ' stroke="var(--jp-layout-color1, Canvas)" stroke-width="4" paint-order="stroke"'  # text over the areas
 
 
 def draw(use) -> str:
@@ -114,7 +115,7 @@ def _marks(marks: tuple, x) -> list[str]:
         parts.append(f'<line x1="{at:.1f}" y1="{TOP}" x2="{at:.1f}" y2="{HEIGHT - BOTTOM}" stroke="currentColor" '
                      'stroke-dasharray="4 3"/>')  # fmt: skip
         parts.append(
-            _text(at - 4 if is_late else at + 4, TOP + 26 + i % 3 * 14, name[:24], "end" if is_late else "start")
+            _text(at - 4 if is_late else at + 4, TOP + 26 + i % 3 * 14, name[:24], "end" if is_late else "start", _HALO)
         )
     return parts
 
@@ -124,7 +125,7 @@ def _peak(peak, x, y) -> list[str]:
     anchor, side = ("end", -8) if at > (LEFT + WIDTH) / 2 else ("start", 8)
     label = f"peak {readable_bytes(peak.total_bytes)}"
     return [f'<circle cx="{at:.1f}" cy="{height:.1f}" r="4" fill="none" stroke="currentColor" stroke-width="2"/>',
-            _text(at + side, height - 8, label, anchor)]  # fmt: skip
+            _text(at + side, height - 8, label, anchor, _HALO)]  # fmt: skip
 
 
 def _line(x1: float, y1: float, x2: float, y2: float, opacity: float) -> str:
@@ -132,5 +133,5 @@ def _line(x1: float, y1: float, x2: float, y2: float, opacity: float) -> str:
     return f'<line {ends} stroke="currentColor" opacity="{opacity}"/>'
 
 
-def _text(x: float, y: float, text: object, anchor: str = "start") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{html.escape(str(text))}</text>'
+def _text(x: float, y: float, text: object, anchor: str = "start", more: str = "") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{more}>{html.escape(str(text))}</text>'
