@@ -26,7 +26,8 @@ from gemma_qat_kit.testing import write_tiny_checkpoint
 STOCK = """
 import json, sys, time
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, logging
+logging.set_verbosity_error()
 config = AutoConfig.from_pretrained(sys.argv[1])
 config.vision_config = config.audio_config = None
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], config=config, dtype=torch.bfloat16, device_map={"": "cpu"})
