@@ -8,7 +8,7 @@ from gemma_qat_kit.classroom.training import Training
 from gemma_qat_kit.memory.receipts_picture import draw_errors
 
 _LEGEND = "✓ 2: right at the second try; ✗ 3: three answers, none right yet; –: not tried."
-_WIDTH, _LEFT, _RIGHT, _TOP, _ROW = 560, 190, 60, 42, 22
+_WIDTH, _LEFT, _RIGHT, _TOP, _ROW = 600, 190, 100, 42, 22
 _LOW, _HIGH = -0.1, 1.1  # of the axis; what lies beyond is drawn at its end, and its number says it
 _MOST_RUNS, _MOST_NAME = 40, 22
 _COLOUR, _GREY = "#0072B2", "#888888"
@@ -35,8 +35,8 @@ def draw(results: ClassResults) -> str:
     parts = [f'<div role="status">{len(results.students)} students.{notes}</div>', _table(results)]
     if memory.rows:
         count = len({str(sorted(row.machine.items(), key=str)) for row in memory.rows})
-        parts += [f"<h4>Memory, planned and measured: {len(memory):,} runs on {count} kinds of machine</h4>",
-                  draw_errors(memory)]  # fmt: skip
+        kinds = f"{count} kind{'' if count == 1 else 's'} of machine"
+        parts += [f"<h4>Memory, planned and measured: {len(memory):,} runs on {kinds}</h4>", draw_errors(memory)]
     for kind in _TITLES:
         runs = [(name, run) for name, run in _runs(results) if run.kind == kind]
         parts.append(_svg(kind, runs[:_MOST_RUNS]) if runs else "")
@@ -116,7 +116,7 @@ def _run(name: str, run: Training, y: float) -> str:
         f'<line x1="{start:.1f}" y1="{y:.1f}" x2="{end:.1f}" y2="{y:.1f}" stroke="{_COLOUR}" stroke-width="3"/>'
         f'<circle cx="{start:.1f}" cy="{y:.1f}" r="5" fill="none" stroke="{_GREY}" stroke-width="2"/>'
         f'<circle cx="{end:.1f}" cy="{y:.1f}" r="5" fill="{_COLOUR}"/>'
-        f'<text x="{max(start, end) + 10:.1f}" y="{y + 4:.1f}">{run.end:.0%}</text>'
+        f'<text x="{_WIDTH}" y="{y + 4:.1f}" text-anchor="end">{run.start:.0%} → {run.end:.0%}</text>'
     )
 
 
