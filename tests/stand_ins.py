@@ -9,6 +9,7 @@ from gemma_qat_kit.generation import Delta, Finish, Stream
 from gemma_qat_kit.memory.measure import MemoryUse
 from gemma_qat_kit.memory.parts import Part
 from gemma_qat_kit.progress import Progress
+from gemma_qat_kit.tools import ToolCall
 
 _BITS = {"q8_0": 8.5, "mobile_int8": 8, "mobile_int4": 4, "mobile_int2": 2}  # 4.5 of the others
 
@@ -56,7 +57,7 @@ class StandInStream:
             if self.cancelled.wait(self.model.delay):
                 break
             count += 1
-            yield piece if isinstance(piece, Delta) else Delta(piece)
+            yield piece if isinstance(piece, Delta | ToolCall) else Delta(piece)
         yield Finish("cancelled" if self.cancelled.is_set() else "stop", self.num_tokens, count)
 
 

@@ -10,6 +10,8 @@ from gemma_qat_kit.chat.context import fit_context
 from gemma_qat_kit.errors import BadSettingError, EndpointError
 from gemma_qat_kit.generation import Delta
 from gemma_qat_kit.load import built_in_checkpoint
+from gemma_qat_kit.tools import ToolCall
+from gemma_qat_kit.widgets.chat_figures import end_note
 
 PNG = b"\x89PNG\r\n\x1a\n" + b"\x00\x00\x00\rIHDR" + (1).to_bytes(4, "big") * 2 + b"\x08\x06\x00\x00\x00"
 
@@ -200,3 +202,17 @@ def test_two_cells_may_use_one_model_at_once(built_in):
     second = gqk.Conversation().ask(built_in, "Count to ten.", max_new_tokens=10, temperature=0)
     first.finish()
     assert second.finish().text == first.reply.text
+
+
+def test_calls_that_a_model_asks_for_are_kept_and_go_on_in_the_next_prompt(tmp_path):
+    model = StandIn(answer=(ToolCall("weather", {"city": "Oslo"}), ToolCall("", {}, "weather{")))
+    conversation = gqk.Conversation()
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+    conversation.ask(model, "Is it cold?", tools=[tool]).finish()
+    answer = gqk.Conversation.load(conversation.save(tmp_path / "talk.json")).path[-1]
+    assert answer.settings["tools"][0]["function"]["name"] == "weather"
+    assert [call["function"] for call in answer.message["tool_calls"]] == [
+        {"name": "weather", "arguments": {"city": "Oslo"}}
+    ]
+    assert "weather(city='Oslo')." in end_note(answer)
+    assert "weather{ (it cannot be read)." in end_note(answer)

@@ -2,6 +2,7 @@
 
 from gemma_qat_kit.chat.context import Fit
 from gemma_qat_kit.generation import Delta, Reply, Stream
+from gemma_qat_kit.tools import call_message
 
 
 class Answer:
@@ -52,7 +53,7 @@ class Answer:
 
     def _keep(self) -> None:
         reply = self.reply
-        calls = [vars(call) | {} for call in getattr(reply, "tool_calls", ())]
+        calls = [call_message(call) | {"unread": call.text} for call in reply.tool_calls]
         if self.is_kept or not (reply.text or reply.thoughts or calls):
             return
         self.is_kept = True

@@ -9,6 +9,7 @@ from gemma_qat_kit.chat.answer import Answer
 from gemma_qat_kit.chat.context import fit_context
 from gemma_qat_kit.errors import BadSettingError
 from gemma_qat_kit.messages import Message
+from gemma_qat_kit.tools import tool_schemas
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Turn:
         content: What was said, as text.
         attachments: Images and sounds that a question came with, as `encode_attachments` writes them.
         thoughts: What the model thought first; no later prompt has them.
-        tool_calls: The functions that an answer wants called, as dicts.
+        tool_calls: The functions that an answer wants called, as in a message; "unread" has what could not be read.
         model: What answered.
         settings: Those of the answer: thinking, max_new_tokens, temperature, top_p, top_k, seed.
         timings: What was measured: the numbers of a `Reply`, and `num_dropped`, the turns that had no room.
@@ -45,8 +46,8 @@ class Turn:
         if self.attachments:
             parts = [*self.attachments, {"type": "text", "text": self.content}]
             return decode_attachments([{"role": self.role, "content": parts}])[0]
-        calls = {"tool_calls": list(self.tool_calls)} if self.tool_calls else {}
-        return {"role": self.role, "content": self.content} | calls
+        read = [{"type": c["type"], "function": c["function"]} for c in self.tool_calls if not c.get("unread")]
+        return {"role": self.role, "content": self.content} | ({"tool_calls": read} if read else {})
 
 
 class Conversation:
@@ -166,6 +167,8 @@ class Conversation:
 
     def _answer(self, model, path: list[Turn], drop_oldest: bool, settings: dict) -> Answer:
         settings = settings | ({"seed": random.randrange(2**31)} if settings.get("seed") is None else {})
+        if settings.get("tools"):
+            settings["tools"] = tool_schemas(settings["tools"])
         fit = fit_context(model, self._messages(path), settings.get("max_new_tokens"), may_drop=drop_oldest)
         return Answer(self, model.stream(fit.messages, **settings), path[-1], model.name, settings, fit)
 

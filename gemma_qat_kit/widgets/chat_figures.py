@@ -32,10 +32,20 @@ def counted(number: int, noun: str) -> str:
 
 def end_note(turn: Turn) -> str:
     """Say below an answer what a reader must know: that it is not whole, what it wants called, what was left out."""
-    calls = [f"Wants to call {call.get('name')}({call.get('arguments')})." for call in turn.tool_calls]
+    calls = [f"It wants this called: {_call_words(call)}." for call in turn.tool_calls]
     dropped = turn.timings.get("num_dropped")
     left_out = f"No room for all: the oldest {counted(dropped, 'message')} left out." if dropped else ""
     return " ".join(filter(None, (_ENDS.get(turn.timings.get("finish_reason"), ""), *calls, left_out)))
+
+
+def _call_words(call: dict) -> str:
+    """Write a call as Python would; a file may hold anything in its place."""
+    function = call.get("function")
+    if call.get("unread") or not isinstance(function, dict):
+        return f"{call.get('unread')} (it cannot be read)"
+    arguments = function.get("arguments")
+    given = ", ".join(f"{name}={value!r}" for name, value in arguments.items()) if isinstance(arguments, dict) else ""
+    return f"{function.get('name')}({given})"
 
 
 def meter_html(used: int | None, length: int | None) -> str:
