@@ -14,6 +14,7 @@ from gemma_qat_kit.catalog import (
     find_checkpoint,
 )
 from gemma_qat_kit.drafter import matching_drafter, published_drafter
+from gemma_qat_kit.engines.projector import check_published, projector_beside
 from gemma_qat_kit.engines.request import Request
 from gemma_qat_kit.errors import BadSettingError, MissingLibraryError
 from gemma_qat_kit.loading_note import guarded_load
@@ -47,7 +48,8 @@ def load(
         source: A size of the catalog ("E2B"), a .gguf file or checkpoint folder, a repo id ("owner/name"), or the
             address of an OpenAI-compatible server ("http://host:port/v1").
         format: A format of the catalog. None takes q4_0 of a size, and whatever lies at a path.
-        text_only: Leave the vision and audio towers unread; saves up to 1.1 GiB.
+        text_only: Leave the vision and audio towers unread; saves up to 1.1 GiB. llama.cpp reads them from a file of
+            their own, the projector: the catalog's, or the one *mmproj*.gguf beside a local file.
         context_length: Tokens of prompt and answer together.
         drafter: Generate with the MTP drafter that belongs to the model: the catalog's, or of a local checkpoint what
             lies beside it as `drafter.gguf` (llama.cpp) or folder `drafter`. `model.drafter_note` says whether it pays.
@@ -110,6 +112,8 @@ def _load(request: Request) -> Model:
         request.check_memory(row.key, row.size, row.format, engine)
         if request.drafter:
             published_drafter(row)  # refuses a size that has none
+        if engine == "llama_cpp" and not request.text_only:
+            check_published(row)
     path = _fetch(row, request)
     with load_receipt(request) as loaded:
         return loaded(_load_local(path, row, request))
@@ -149,7 +153,13 @@ def _fetch(row: Checkpoint | None, request: Request) -> Path:
         return built_in_checkpoint()
     from gemma_qat_kit.download import download
 
-    return download(row or request.source, revision=request.revision, token=request.token, report=request.report)
+    return download(
+        row or request.source,
+        revision=request.revision,
+        token=request.token,
+        with_projector=not request.text_only,
+        report=request.report,
+    )
 
 
 def built_in_checkpoint() -> Path:
@@ -206,6 +216,7 @@ def _run(found, format: str, engine: str, weights: int, drafter: Path | None, re
         from gemma_qat_kit.engines.mobile_gguf import mobile_gguf
 
         layers = 0 if request.device == "cpu" else -1
+        projector = None if request.text_only else projector_beside(found.path)
         return LlamaCppEngine(
             mobile_gguf(found.path, request.report) if format == "mobile" else found.path,
             context_length=request.context_length,
@@ -213,6 +224,7 @@ def _run(found, format: str, engine: str, weights: int, drafter: Path | None, re
             kv_format=request.kv_format,
             adapter=request.adapter,
             drafter=drafter,
+            projector=projector,
             serving=request.serving,
             report=request.report,
         )

@@ -67,11 +67,6 @@ def test_folder_with_a_sizes_name_does_not_hide_the_size(tmp_path, monkeypatch):
         assert model.name == "smollm2-135m q4_1"
 
 
-def test_llama_cpp_sees_no_images(tiny):
-    with pytest.raises(BadSettingError, match="sees no images yet"):
-        gqk.load(tiny("E2B", "q4_0"), text_only=False)
-
-
 @pytest.mark.parametrize(
     ("format", "setting", "words"),
     [

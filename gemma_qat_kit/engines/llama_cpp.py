@@ -21,6 +21,7 @@ from gemma_qat_kit.engines.drafting import Drafting
 from gemma_qat_kit.engines.endpoint import EndpointEngine
 from gemma_qat_kit.engines.llama_cpp_buffers import buffer_parts
 from gemma_qat_kit.engines.llama_cpp_scores import Scores
+from gemma_qat_kit.engines.projector import projector_parts
 from gemma_qat_kit.engines.resident import file_pages
 from gemma_qat_kit.engines.serving import Serving
 from gemma_qat_kit.errors import EndpointError, KitError
@@ -32,6 +33,7 @@ from gemma_qat_kit.progress import Progress, Report
 
 _SERVER = Path(__file__).with_name("llama_cpp_server.py")
 _LONGEST_CONTEXT = 2**20  # where the file does not tell
+_KINDS = (("image", "vision"), ("audio", "audio"))  # what messages hold, and llama.cpp's word for it
 
 
 class LlamaCppEngine(EndpointEngine):
@@ -45,6 +47,7 @@ class LlamaCppEngine(EndpointEngine):
         kv_format: Of the key/value cache: "bf16" (llama.cpp takes float16 for it), "q8_0" or "q4_0".
         drafter: GGUF of the MTP drafter to generate with, or None; where it does not pay, the server starts again
             without it before the next answer, because llama.cpp's cannot be told to stop drafting.
+        projector: GGUF of the multimodal projector to see and hear with, or None.
         serving: Whom its server answers; None: this process alone.
         report: Told how much of the file is in memory, several times a second.
 
@@ -60,7 +63,7 @@ class LlamaCppEngine(EndpointEngine):
     """
 
     name = "llama_cpp"
-    takes = ()
+    takes: tuple[str, ...] = ()  # what its server says that the projector reads
     gather_seconds = 0.05  # it computes on the cores that read, and twenty times a second looks fluent
 
     def __init__(
@@ -72,6 +75,7 @@ class LlamaCppEngine(EndpointEngine):
         kv_format: str = "bf16",
         adapter: Path | None = None,
         drafter: Path | None = None,
+        projector: Path | None = None,
         serving: Serving | None = None,
         report: Report | None = None,
     ):
@@ -83,7 +87,8 @@ class LlamaCppEngine(EndpointEngine):
         self._num_answering, self._lock, self.drafting = 0, threading.RLock(), None
         self._serving = serving or Serving()
         self._order = {"path": str(path), "adapter": str(adapter or ""), "drafter": str(drafter or ""),
-                       "kv_format": kv_format, "context_length": int(context_length), "num_gpu_layers": num_gpu_layers,
+                       "projector": str(projector or ""), "kv_format": kv_format,
+                       "context_length": int(context_length), "num_gpu_layers": num_gpu_layers,
                        "num_threads": self.num_threads, **asdict(self._serving)}  # fmt: skip
         self._launch(report)
 
@@ -95,6 +100,9 @@ class LlamaCppEngine(EndpointEngine):
         try:
             address = self._serving.url_here(self._start(self._order, self.path, report))
             super().__init__(address, api_key=self._serving.key)
+            if self._order["projector"]:
+                reads = self._get("/props")["modalities"]
+                self.takes = tuple(kind for kind, name in _KINDS if reads.get(name))
             if self._order["drafter"]:
                 self.drafting, self.asks_also = Drafting(self._plain_speed()), {"timings_per_token": True}
         except BaseException:
@@ -167,7 +175,7 @@ class LlamaCppEngine(EndpointEngine):
             return ()
         pages = self._file_parts()
         rest = max(0, held.mapped - sum(part.nbytes for part in pages))
-        gpu = [part for part in self._buffers if part.place == "gpu"]
+        gpu = [part for part in (*self._projector_parts, *self._buffers) if part.place == "gpu"]
         return merged([*pages, Part(ENGINE, rest, "mapped"), *gpu, *self._private_parts(held.ram)])
 
     def _file_parts(self) -> list[Part]:
@@ -184,12 +192,20 @@ class LlamaCppEngine(EndpointEngine):
     def _private_parts(self, ram: int) -> list[Part]:
         """Share out the child's private bytes: a buffer counts as far as it can have been touched."""
         free, parts = max(0, ram - self._own_bytes), []
-        for buffer in sorted(self._buffers, key=lambda part: part.name == ACTIVATIONS):  # touched last
+        for buffer in sorted(
+            (*self._projector_parts, *self._buffers), key=lambda part: part.name == ACTIVATIONS
+        ):  # touched last
             if buffer.place == "ram":
                 parts.append(Part(buffer.name, min(buffer.nbytes, free), "ram"))
                 free -= parts[-1].nbytes
         rest = ram - sum(part.nbytes for part in parts)
         return [*parts, Part(ENGINE, rest + self._scores.private_bytes, "ram")]
+
+    @property
+    def _projector_parts(self) -> list[Part]:
+        """Return what llama.cpp copies out of the projector's file, which it does not say in its log."""
+        place = "gpu" if any(part.place == "gpu" for part in self._buffers) else "ram"
+        return projector_parts(Path(self._order["projector"]), place) if self._order["projector"] else []
 
     @cached_property
     def _tensors(self) -> list[tuple[Path, GgufTensor, str]]:

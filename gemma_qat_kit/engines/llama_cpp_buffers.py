@@ -3,7 +3,17 @@
 import re
 from typing import NamedTuple
 
-from gemma_qat_kit.memory.parts import ACTIVATIONS, DRAFTER, KEY_VALUES, LOGITS, REPACKED, TEXT_LAYERS, Part, merged
+from gemma_qat_kit.memory.parts import (
+    ACTIVATIONS,
+    DRAFTER,
+    KEY_VALUES,
+    LOGITS,
+    REPACKED,
+    TEXT_LAYERS,
+    VISION,
+    Part,
+    merged,
+)
 from gemma_qat_kit.memory.work import MIB
 
 # "load_tensors:   CPU_Mapped model buffer size =    92.10 MiB"
@@ -19,13 +29,18 @@ class Buffer(NamedTuple):
     kind: str
     nbytes: int
 
+    @property
+    def is_projectors(self) -> bool:
+        """Whether the multimodal projector computes with it: one for what sees, one for what hears."""
+        return self.caller.endswith("_compute_meta")
+
 
 def find_buffers(log: str) -> tuple[Buffer, ...]:
     """Return the buffers that a log tells of; of compute buffers that were made again, the last."""
     found, made_again = [], {}
     for caller, device, kind, mib in _LINE.findall(log):
         buffer = Buffer(caller, device, kind, round(float(mib) * MIB))
-        if kind == "compute":
+        if kind == "compute" and not buffer.is_projectors:
             made_again[caller, device] = buffer
         else:
             found.append(buffer)
@@ -45,7 +60,7 @@ def buffer_parts(log: str) -> tuple[Part, ...]:
 def _name(buffer: Buffer) -> str:
     if buffer.kind == "model":
         return REPACKED if buffer.device.endswith("_REPACK") else TEXT_LAYERS
-    return _NAMES[buffer.kind]
+    return VISION if buffer.is_projectors else _NAMES[buffer.kind]
 
 
 def _place(buffer: Buffer) -> str:

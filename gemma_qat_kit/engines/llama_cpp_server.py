@@ -7,6 +7,8 @@ import sys
 
 _HTTP_THREADS = 320  # every question that waits, and everyone who asks for how long yet, holds one
 
+_IMAGE_TOKENS = 280  # Gemma 4's default_output_length, as in transformers; llama.cpp would take up to 512
+
 
 def main() -> None:
     """Load the model that the first line of stdin names, say where it listens, and live until stdin closes."""
@@ -50,6 +52,9 @@ def _load(order: dict) -> tuple:
     params.model_alias = {os.path.basename(order["path"])}  # others need not know where it lies
     if order["adapter"]:
         params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(order["adapter"], 1.0)]
+    if order["projector"]:
+        params.mmproj.path, params.mmproj_use_gpu = order["projector"], order["num_gpu_layers"] != 0
+        params.image_max_tokens = _IMAGE_TOKENS
     params.hostnames, params.port, params.api_keys = [order["host"]], order["port"], [order["key"]]
     params.n_ctx, params.n_parallel = order["context_length"] * order["num_chats"], order["num_chats"]
     if order["num_chats"] > 1:

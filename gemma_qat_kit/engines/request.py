@@ -82,8 +82,8 @@ class Request:
         if format == "q4_0" and engine != usual and not self.text_only:
             raise BadSettingError(
                 f"{name} in Q4_0 blocks is a text model.",
-                "A GGUF holds no tower; text_only=False works with the 16-bit weights.",
-                'Leave it out, or take format="q4_0-unquantized".',
+                "transformers has towers for 16-bit weights; llama.cpp reads those of a q4_0 from its projector.",
+                'Leave out the engine, or take format="q4_0-unquantized".',
             )
         return engine
 
@@ -93,12 +93,6 @@ class Request:
                 f"{name} runs in transformers, which answers one chat at a time.",
                 "llama.cpp serves q4_0, mobile and GGUF files; vLLM serves the same model's w4a16.",
                 'Take format="q4_0", or start vLLM and load("http://…/v1").',
-            )
-        if engine == "llama_cpp" and not self.text_only:
-            raise BadSettingError(
-                f"{name} runs in llama.cpp, where this kit sees no images yet.",
-                "text_only=False works with the formats that run in transformers.",
-                'Leave it out, or take format="q4_0-unquantized"; of mobile, engine="transformers".',
             )
         if engine == "llama_cpp" and self.per_layer_table != "disk":
             raise BadSettingError(

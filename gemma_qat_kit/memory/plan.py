@@ -14,7 +14,7 @@ from gemma_qat_kit.memory.network import find_network
 from gemma_qat_kit.memory.parts import KEY_VALUES, Part, Parts, describe_parts, merged
 from gemma_qat_kit.memory.settings import KV_FORMATS, MemorySettings, check_context_length, check_tokens
 from gemma_qat_kit.memory.training import trained_weights, training_parts
-from gemma_qat_kit.memory.weights import weight_parts, written_bytes
+from gemma_qat_kit.memory.weights import projector_bytes, reads_projector, weight_parts, written_bytes
 from gemma_qat_kit.memory.work import chat_parts, engine_parts
 
 _TRAINABLE = ("bf16", "q4_0-unquantized", "float32")
@@ -138,7 +138,13 @@ def plan_for(settings: MemorySettings) -> MemoryPlan:
     placed = merged([*weights, *engine, *work])
     loaded = loaded_parts(settings, placed)
     peak = load_peak_bytes(settings, loaded)
-    return MemoryPlan(placed, settings, row and row.weights_bytes, written_bytes(settings), Parts(loaded), peak)
+    return MemoryPlan(placed, settings, _download_bytes(row, settings), written_bytes(settings), Parts(loaded), peak)
+
+
+def _download_bytes(row: Checkpoint | None, settings: MemorySettings) -> int | None:
+    if row is None or row.weights_bytes is None or not reads_projector(settings):
+        return row and row.weights_bytes
+    return row.weights_bytes + projector_bytes(row.size)
 
 
 def check_possible(settings: MemorySettings) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from gemma_qat_kit.architectures import drafter_config, hf_config
-from gemma_qat_kit.catalog import BUILT_IN_SIZE
+from gemma_qat_kit.catalog import BUILT_IN_SIZE, find_checkpoint
 from gemma_qat_kit.layouts import (
     GROUP_BYTES,
     Tensor,
@@ -26,6 +26,8 @@ from gemma_qat_kit.memory.settings import MemorySettings
 BUILT_IN_PARAMETERS = 134_515_008  # HuggingFaceTB/SmolLM2-135M-Instruct, as the hub counts them
 BUILT_IN_TENSOR_BYTES, BUILT_IN_EMBEDDING_BYTES = 96_576_768, 30_081_024  # of its Q4_1 file; embeddings are Q8_0
 _REPACKED_TYPES = ("Q4_0",)  # whose matrices llama.cpp copies into the order that its CPU kernels read
+# What llama.cpp sees with, as its log says for E2B's tower and 31B's: float32 values per patch and unit of width.
+_IMAGE_TOKENS, _VALUES_PER_PATCH = 280, 15
 _PACKED = "packed"  # stands for the dtypes of what w4a16 unpacks
 _BITS = {"nf4": 4.5, "int8": 8}  # bitsandbytes: a float32 scale per 64 weights; a row scale is a rounding error
 # Formats whose tensors transformers uses as they lie in the file; on a CPU it then reads the file's pages in place.
@@ -43,6 +45,8 @@ def weight_parts(settings: MemorySettings) -> tuple[Part, ...]:
     parts = [part for total in sums for part in _placed(total, settings)]
     if settings.drafter:
         parts.append(_drafter(settings))
+    if reads_projector(settings):
+        parts += _projector(settings)
     return merged(part for part in parts if not (settings.text_only and part.name in (VISION, AUDIO)))
 
 
@@ -66,6 +70,31 @@ def _drafter(settings: MemorySettings) -> Part:
     is_gguf = settings.engine == "llama_cpp"
     nbytes = sum(tensor.nbytes for tensor in (drafter_gguf_tensors if is_gguf else drafter_tensors)(config))
     return Part(DRAFTER, nbytes, "mapped" if is_gguf and settings.device == "cpu" else settings.place)
+
+
+def reads_projector(settings: MemorySettings) -> bool:
+    """Tell whether towers come from a file of their own: none is published for mobile."""
+    return (settings.engine, settings.format, settings.text_only) == ("llama_cpp", "q4_0", False)
+
+
+def projector_bytes(size: str) -> int:
+    """Return the bytes of the file that llama.cpp sees and hears with."""
+    return sum(file.bytes for file in find_checkpoint(size, "q4_0").files if file.kind == "projector")
+
+
+def _projector(settings: MemorySettings) -> list[Part]:
+    """Return the towers, which llama.cpp copies out of their file; what it sees with counts as theirs."""
+    config = settings.config or hf_config(settings.size)
+    towers = {VISION: 0, AUDIO: 0}
+    for tensor in bf16_tensors(config, has_shared_kv=False):
+        if (name := part_of(tensor.name)) in towers:
+            towers[name] += tensor.nbytes
+    share = 1 if settings.config else projector_bytes(settings.size) / sum(towers.values())
+    towers = {name: round(share * nbytes) for name, nbytes in towers.items()}  # some tensors are float32 there
+    vision = config["vision_config"] or {}
+    patches = _IMAGE_TOKENS * vision.get("pooling_kernel_size", 0) ** 2  # the 12B has no tower
+    towers[VISION] += 4 * _VALUES_PER_PATCH * patches * vision.get("hidden_size", 0)
+    return [Part(name, nbytes, settings.place) for name, nbytes in towers.items()]
 
 
 @dataclass(frozen=True)
