@@ -124,7 +124,8 @@ def _cell(size: str, column: str, figure: str) -> PublishedCell:
     rule_bytes, format = _rule_bytes(size, column), _FORMATS.get(column)
     file_bytes = resident_bytes = None
     if format:
-        plan = plan_memory(size, format, text_only=column in (Q4_0, MOBILE_TEXT))
+        engine = "transformers" if format == "mobile" else None  # what the figure is of; llama.cpp runs another file
+        plan = plan_memory(size, format, engine=engine, text_only=column in (Q4_0, MOBILE_TEXT))
         file_bytes, resident_bytes = plan.download_bytes, _needed_weights(plan)
     return PublishedCell(size, column, figure, rule_bytes, file_bytes, resident_bytes,
                          _reason(size, column, rule_bytes, file_bytes))  # fmt: skip
