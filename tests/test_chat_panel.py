@@ -142,6 +142,20 @@ def test_an_error_while_answering_shows_in_the_panel_and_the_next_question_works
     assert len(panel.messages) == 2
 
 
+def test_stop_does_not_wait_for_a_measurement(monkeypatch):
+    measured = []
+    monkeypatch.setattr("gemma_qat_kit.widgets.chat_session.speed_limit", lambda *_, **__: measured.append(1))
+    panel = ChatPanel(StandIn(answer=("word ",) * 1000, delay=0.02))
+    panel.ask("Talk.")
+    wait_for(lambda: "word" in _shown(panel))
+    panel.stop()
+    wait_for(lambda: "Stopped." in panel._status.value)
+    assert measured == []
+    panel._session.model.answer = ("word",)
+    _ask(panel, "Again.")
+    assert measured == [1]
+
+
 def test_who_else_waits_is_said_until_the_first_word():
     model = StandIn(delay=5)
     model.queue = lambda: Queue(busy=2, waiting=3, places=2)

@@ -107,7 +107,9 @@ class ChatSession:
             self.lost_question = question
         elif self.answer.reply.prompt_tokens is not None:
             self.num_used = self.answer.reply.prompt_tokens + self.answer.reply.new_tokens
-        self.memory_bytes, self.limit = held_bytes(self.model), self._limit()
+        self.memory_bytes = held_bytes(self.model)
+        if not self._is_stopping:  # the first time it measures for a second, and Stop must not wait
+            self.limit = self._limit()
 
     def _limit(self) -> SpeedLimit | None:
         try:
