@@ -72,15 +72,22 @@ _UNREACHABLE = """([panel, controls]) => [...panel.querySelectorAll(controls)].f
   .map(each => each.outerHTML.slice(0, 120))"""
 
 
+_LABELS = """sliders => sliders.map(slider => {
+  const widget = slider.closest(".widget-slider, .widget-hslider, .widget-inline-hbox");
+  return widget?.querySelector(".widget-label")?.textContent ?? "";  // innerText is empty out of view
+})"""
+
+
 def check_names(panel):
     """Every control and picture has a role and a name, as a screen reader is told them."""
     lines = panel.aria_snapshot().splitlines()
     nameless = [line for line in lines if re.match(rf"\s*- ({NEEDS_NAME})\b(?! [\"/])", line)]
     # ipywidgets names none of its sliders; what is written beside each stands in for that.
-    labels = panel.locator(".widget-hslider > .widget-label").all_inner_texts()
+    labels = panel.locator("[role=slider], input[type=range]").evaluate_all(_LABELS)
     unnamed = [line for line in nameless if not line.strip().startswith("- slider")]
     assert unnamed == [], f"no name: {unnamed}"
-    assert len(nameless) <= len([label for label in labels if label.strip()]), "a slider without a label"
+    named = [label for label in labels if label.strip()]
+    assert len(nameless) <= len(named), f"a slider without a label: {nameless}, {labels}"
 
 
 def check_contrast(panel):

@@ -97,7 +97,7 @@ def test_the_notebook_runs_to_its_end(page):
     notebook.locator(".gqk-memory-compared :text('smollm2-135m q4_1, loaded here')").wait_for()
     assert notebook.locator(".js-plotly-plot .scatterlayer .trace").count() == 5
     assert notebook.locator("tr:has-text('Mobile, text only')").count() == 1
-    assert notebook.locator(".jp-OutputArea-output:has-text('not yet')").count() == 3
+    assert notebook.locator(".jp-OutputArea-output .gqk-check").count() == 3
 
 
 def test_the_picture_of_the_readme_can_be_drawn_again(page, tmp_path):

@@ -235,6 +235,7 @@ def test_the_cells_below_run_too(page, panel):
 def test_a_recovered_grid_passes_through_every_weight(page):
     explorer = page.locator(".gqk-bits").nth(1)
     explorer.scroll_into_view_if_needed()
+    explorer.locator(".gqk-bits-facts:has-text('dB')").wait_for()
     before, off = _codes(explorer), explorer.locator(".gqk-bits-facts").inner_text()
     explorer.locator(".gqk-bits-recover").check()
     page.wait_for_selector(".gqk-bits-facts:has-text('its largest weight is at level')")

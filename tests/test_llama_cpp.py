@@ -198,7 +198,7 @@ def test_closing_twice_does_no_harm_and_a_closed_model_says_so(tiny):
 
 
 def test_closing_during_an_answer_says_so_in_its_thread(tiny):
-    engine = LlamaCppEngine(tiny("12B", "q4_0"), context_length=256)
+    engine = LlamaCppEngine(tiny("12B", "q4_0"), context_length=4096)  # long enough not to end by itself
     stream = engine.stream("the", Settings(False, 10_000, 0, 1, 0, None))
     pieces = iter(stream)
     next(pieces)

@@ -116,7 +116,8 @@ def test_psutil_answers_where_there_is_no_proc(monkeypatch):
     expected = process_memory(children=False)
     # Pages of its own: the allocator may have free memory left over from other tests.
     block = mmap.mmap(-1, 32 * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    block.write(b"x" * len(block))
+    for _ in range(32):  # in pieces: a bytes object as large may stay with the allocator
+        block.write(b"x" * MIB)
     assert is_about(process_memory(children=False).ram - expected.ram, len(block))
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     try:

@@ -201,7 +201,10 @@ def test_a_weight_that_a_format_cannot_hold_is_named_and_the_others_come_back():
     ("format", "words"), [("nf4", "quantized"), ("w4a16", "quantized"), ("mobile", "linear layers")]
 )
 def test_a_model_that_is_quantized_already_is_refused(tiny, format, words):
-    with gqk.load(tiny("E2B", format), format) as model, pytest.raises(BadSettingError, match=words):
+    with (
+        gqk.load(tiny("E2B", format), format, engine="transformers") as model,
+        pytest.raises(BadSettingError, match=words),
+    ):
         linears(model.hf[0])
 
 

@@ -69,7 +69,10 @@ def test_a_model_is_prepared_once():
 
 @pytest.mark.parametrize(("format", "words"), [("w4a16", "quantized"), ("mobile", "linear layers")])
 def test_a_quantized_model_is_refused(tiny, format, words):
-    with gqk.load(tiny("E2B", format), format) as model, pytest.raises(BadSettingError, match=words):
+    with (
+        gqk.load(tiny("E2B", format), format, engine="transformers") as model,
+        pytest.raises(BadSettingError, match=words),
+    ):
         prepare(model, "q4_0")
 
 
