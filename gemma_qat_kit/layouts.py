@@ -4,7 +4,7 @@ One description of the model (`parameters.modules`) is written out in each layou
 adds up these tensors, the tiny and the full-size random checkpoints are built from them, and the tests compare them
 with the published files' inventories.
 
-Dtypes are safetensors' names (F32, BF16, U8, I8, I32, I64) or, in a GGUF, ggml's (F32, BF16, Q4_0, Q6_K, Q8_0, Q2_K).
+Dtypes are safetensors' names (F32, BF16, U8, I8, I32, I64) or, in a GGUF, ggml's (F32, BF16, Q4_0, Q6_K …).
 """
 
 import json
@@ -17,7 +17,8 @@ from gemma_qat_kit.parameters import Module, layer_modules, modules
 
 # Bytes per group and weights per group of each dtype (ggml: gguf-py's GGML_QUANT_SIZES).
 GROUP_BYTES = {"F32": (4, 1), "BF16": (2, 1), "F16": (2, 1), "U8": (1, 1), "I8": (1, 1), "I32": (4, 1), "I64": (8, 1),
-               "Q4_0": (18, 32), "Q6_K": (210, 256), "Q8_0": (34, 32), "Q2_K": (84, 256)}  # fmt: skip
+               "Q4_0": (18, 32), "Q8_0": (34, 32), "Q2_K": (84, 256), "Q6_K": (210, 256),
+               "TQ2_0": (66, 256)}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -180,22 +181,25 @@ def gguf_tensors(config: dict, format: str = "q4_0") -> Iterator[Tensor]:
             yield Tensor(name, gguf_dtype(name, module.shape, format), module.shape)
 
 
-def reblocked_dtype(bits: int, slice_width: int) -> str:
-    """Return the ggml type that holds a mobile checkpoint's codes exactly, with so many weights under one scale."""
+def reblocked_dtype(bits: int, slice_width: int, device: str = "cpu") -> str:
+    """Return the ggml type that holds a mobile checkpoint's codes exactly, with so many weights under one scale.
+
+    On a "cpu" 2 bits are TQ2_0, 2.06 bits a weight, which llama.cpp has no CUDA kernels for; Q2_K is 2.63.
+    """
     if bits == 8:
         return "Q8_0"
-    return "Q2_K" if bits == 2 and slice_width % GROUP_BYTES["Q2_K"][1] == 0 else "Q4_0"
+    return ("TQ2_0" if device == "cpu" else "Q2_K") if bits == 2 and slice_width % 256 == 0 else "Q4_0"
 
 
-def reblocked_tensors(config: dict) -> Iterator[Tensor]:
-    """Yield the tensors of the GGUF that a mobile checkpoint is re-blocked into, with a head of its own."""
+def reblocked_tensors(config: dict, device: str = "cpu") -> Iterator[Tensor]:
+    """Yield the tensors of the GGUF that a mobile checkpoint is re-blocked into for a device, its own head included."""
     yield Tensor("rope_freqs.weight", "F32", (config["text_config"]["global_head_dim"] // 2,))
     for module in [*modules(config), Module("lm_head", head_shape(config), "linear")]:
         if not is_text(module.name) or module.is_kv_shared:
             continue
         name, bits = gguf_name(module.name), None if module.kind == "plain" else mobile_bits(config, module.name)
         slices = config["text_config"]["num_hidden_layers"] if "per_layer_token" in name else 1
-        dtype = reblocked_dtype(bits, module.shape[-1] // slices) if bits else gguf_dtype(name, module.shape)
+        dtype = reblocked_dtype(bits, module.shape[-1] // slices, device) if bits else gguf_dtype(name, module.shape)
         yield Tensor(name, dtype, module.shape)
 
 

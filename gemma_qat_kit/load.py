@@ -18,6 +18,7 @@ from gemma_qat_kit.engines.projector import check_published, projector_beside
 from gemma_qat_kit.engines.request import Request
 from gemma_qat_kit.errors import BadSettingError, MissingLibraryError
 from gemma_qat_kit.loading_note import guarded_load
+from gemma_qat_kit.machine import read_llama_cpp_devices
 from gemma_qat_kit.model import Model
 from gemma_qat_kit.progress import Report, progress_bar
 from gemma_qat_kit.recording import load_receipt
@@ -209,16 +210,22 @@ def _load_local(path: Path, row: Checkpoint | None, request: Request) -> Model:
     return Model(size, format, sampling, runner)
 
 
+def _reblocked(folder: Path, num_gpu_layers: int, report: Report | None) -> Path:
+    """Return the GGUF of a mobile checkpoint for what llama.cpp will compute on, a GPU of any make or the CPU."""
+    from gemma_qat_kit.engines.mobile_gguf import mobile_gguf
+
+    return mobile_gguf(folder, report, device="cuda" if num_gpu_layers and read_llama_cpp_devices() else "cpu")
+
+
 def _run(found, format: str, engine: str, weights: int, drafter: Path | None, request: Request):
     """Start the engine."""
     if engine == "llama_cpp":
         from gemma_qat_kit.engines.llama_cpp import LlamaCppEngine
-        from gemma_qat_kit.engines.mobile_gguf import mobile_gguf
 
         layers = 0 if request.device == "cpu" else -1
         projector = None if request.text_only else projector_beside(found.path)
         return LlamaCppEngine(
-            mobile_gguf(found.path, request.report) if format == "mobile" else found.path,
+            _reblocked(found.path, layers, request.report) if format == "mobile" else found.path,
             context_length=request.context_length,
             num_gpu_layers=layers,
             kv_format=request.kv_format,

@@ -14,7 +14,7 @@ from test_qat_processes import free_port
 import gemma_qat_kit as gqk
 
 RUN = {"num_steps": 4, "num_evaluations": 2, "checkpoint_every": 2, "batch_size": 2, "gradient_accumulation": 2,
-       "dtype": "float32"}  # fmt: skip
+       "dtype": "float32", "learning_rate": 1e-3}  # fmt: skip
 SCRIPT = f"""
 import json, sys
 from accelerate import PartialState
@@ -40,6 +40,6 @@ def test_two_processes_tune_as_one(tiny, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     num_processes, losses = json.loads(done.stdout.splitlines()[-1])
     assert num_processes == 2
-    for folder, expected in ((None, pytest.approx(losses, rel=0.02)), (tmp_path, losses)):  # the model is bfloat16
+    for folder, expected in ((None, pytest.approx(losses, rel=1e-4)), (tmp_path, losses)):
         with gqk.load(path, device="cpu", report=quiet) as model:
             assert [step.loss for step in tune(model, ROWS, folder=folder, **RUN).steps] == expected

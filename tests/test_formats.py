@@ -97,16 +97,6 @@ def test_nf4_is_what_bitsandbytes_makes(dtype):
     assert torch.allclose(stored.dequantize(), by_hand.flatten(-2), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("scale_shape", [(48, 1), (48, 2)])
-def test_q2_k_takes_mobile_codes_as_they_are(scale_shape):
-    codes = torch.randint(-2, 2, (48, 512), generator=generator, dtype=torch.int8)
-    scale = torch.rand(scale_shape, generator=generator) * 0.1
-    blocks = k_quants.pack_q2_k(codes, scale)
-    assert blocks.shape == (48, 2 * k_quants.BYTES["Q2_K"])
-    expected = mobile.dequantize(codes, scale.half().float())
-    assert torch.equal(k_quants.dequantize(blocks, "Q2_K"), expected)
-
-
 def test_k_quants_are_written_by_llama_cpp_and_read_by_gguf():
     errors = []
     for kind, group_bytes in k_quants.BYTES.items():
@@ -124,8 +114,6 @@ def test_k_quants_keep_zeros_and_refuse_what_they_cannot_hold():
     with pytest.raises(BadTensorError, match=r"embed\[1, 3\] is nan"):
         k_quants.quantize(torch.zeros(2, 256).index_put((torch.tensor(1), torch.tensor(3)), torch.tensor(torch.nan)),
                           name="embed")  # fmt: skip
-    with pytest.raises(BadTensorError, match="128 codes"):
-        k_quants.pack_q2_k(torch.zeros(2, 128, dtype=torch.int8), torch.ones(2, 1))
 
 
 def test_without_llama_cpp_its_quantizers_say_how_to_get_it(monkeypatch):

@@ -1,5 +1,6 @@
 """`load` on every published layout: one face whatever runs it: chat, drafters, thoughts, stops."""
 
+import sys
 import threading
 
 import pytest
@@ -9,6 +10,7 @@ import gemma_qat_kit as gqk
 from gemma_qat_kit import testing
 from gemma_qat_kit.architectures import GEMMA_SIZES
 from gemma_qat_kit.engines.transformers_stream import ThoughtSplitter
+from gemma_qat_kit.errors import CancelledError
 from gemma_qat_kit.generation import STOP_IDS
 from gemma_qat_kit.hub.cache import cache_folder
 from gemma_qat_kit.layouts import bf16_tensors, is_text
@@ -156,3 +158,21 @@ def test_both_engines_count_the_tokens_that_they_then_read(tiny, size):
             count = model.num_tokens("the sky")
             assert model.chat("the sky", max_new_tokens=1).prompt_tokens == count
             assert model.num_tokens("the sky", thinking=True) > count
+
+
+@pytest.mark.parametrize(
+    ("devices", "asked", "expected"),
+    [((), "auto", "cpu"), (("CUDA0",), "auto", "cuda"), (("CUDA0",), "cpu", "cpu"), (None, "auto", "cpu")],
+)
+def test_a_mobile_checkpoint_is_reblocked_for_what_llama_cpp_computes_on(tiny, monkeypatch, devices, asked, expected):
+    seen = []
+
+    def stop(folder, report, *, device):
+        seen.append(device)
+        raise CancelledError("Stopped.", "", "")
+
+    monkeypatch.setattr(sys.modules["gemma_qat_kit.load"], "read_llama_cpp_devices", lambda: devices)
+    monkeypatch.setattr("gemma_qat_kit.engines.mobile_gguf.mobile_gguf", stop)
+    with pytest.raises(CancelledError):
+        gqk.load(tiny("E2B", "mobile"), device=asked)
+    assert seen == [expected]

@@ -16,7 +16,7 @@ from gemma_qat_kit import testing
 from gemma_qat_kit.architectures import MOBILE_SIZES
 from gemma_qat_kit.errors import BadSettingError, BadTensorError, BrokenCheckpointError
 from gemma_qat_kit.export.reblock import MobileWeight, ScaleTally, reblocked
-from gemma_qat_kit.formats import k_quants, mobile, q4_0, q8_0
+from gemma_qat_kit.formats import mobile
 from gemma_qat_kit.layouts import gguf_name, mobile_bits
 from gemma_qat_kit.weights import Weight
 
@@ -60,16 +60,18 @@ def test_every_value_is_the_checkpoints_up_to_the_scales_rounding(tiny, tmp_path
         assert torch.equal(found == 0, expected == 0), name
 
 
+@pytest.mark.parametrize(("device", "two_bits"), [("cpu", "TQ2_0"), ("cuda", "Q2_K")])
 @pytest.mark.parametrize("size", MOBILE_SIZES)
-def test_each_width_of_codes_has_its_type(tiny, tmp_path, size):
+def test_each_width_of_codes_has_its_type(tiny, tmp_path, size, device, two_bits):
     config = testing.tiny_config(size, "mobile")
-    found = {t.name: t for t in gguf.GGUFReader(export(tiny(size, "mobile"), tmp_path / "a.gguf").path).tensors}
+    path = export(tiny(size, "mobile"), tmp_path / "a.gguf", device=device).path
+    found = {t.name: t for t in gguf.GGUFReader(path).tensors}
     for name in text_names(size):
         tensor, bits = found[gguf_name(name)], mobile_bits(config, name.removesuffix(".weight"))
         if len(tensor.shape) > 1 and bits and "per_layer_model_proj" not in tensor.name:
             # A tiny row is often too short for a group of 256, and a tiny slice of the per-layer table always is.
             fits = tensor.shape[0] % 256 == 0 and "per_layer" not in tensor.name
-            assert tensor.tensor_type.name == {8: "Q8_0", 4: "Q4_0", 2: "Q2_K" if fits else "Q4_0"}[bits], name
+            assert tensor.tensor_type.name == {8: "Q8_0", 4: "Q4_0", 2: two_bits if fits else "Q4_0"}[bits], name
 
 
 def test_slices_of_256_with_2_bits_become_q2_k(tmp_path, monkeypatch):
@@ -85,10 +87,11 @@ def test_slices_of_256_with_2_bits_become_q2_k(tmp_path, monkeypatch):
     assert ((found - expected).abs() <= ROUNDED * expected.abs()).all()
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("size", MOBILE_SIZES)
-def test_llama_cpp_computes_what_transformers_computes_without_the_ranges(tiny, tmp_path, size):
+def test_llama_cpp_computes_what_transformers_computes_without_the_ranges(tiny, tmp_path, size, device):
     folder = tiny(size, "mobile")
-    path = export(folder, tmp_path / "a.gguf").path
+    path = export(folder, tmp_path / "a.gguf", device=device).path
     values = gguf_values(path)
     weights = {name: torch.from_numpy(values[gguf_name(name)].copy()) for name in text_names(size)}
     expected = plain_logits(size, weights, {}, torch.float32)[-1].log_softmax(-1)
@@ -205,17 +208,19 @@ def test_a_mobile_file_can_take_its_description_from_a_gguf(tiny, tmp_path):
     assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is False
 
 
-@pytest.mark.parametrize(("bits", "kind"), [(2, "Q2_K"), (4, "Q4_0"), (8, "Q8_0")])
-def test_codes_change_places_as_the_formats_pack_them(bits, kind):
+@pytest.mark.parametrize(
+    ("bits", "device", "kind"), [(2, "cpu", "TQ2_0"), (2, "cuda", "Q2_K"), (4, "cpu", "Q4_0"), (8, "cpu", "Q8_0")]
+)
+def test_gguf_reads_the_groups_as_the_codes_under_their_scales(bits, device, kind):
     generator = torch.Generator().manual_seed(bits)
     codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (7, 768), generator=generator, dtype=torch.int8)
     scale = torch.rand(7, 3, generator=generator)
     packed = mobile.pack(codes, bits)
-    weight = MobileWeight(*(in_memory(name, value) for name, value in (("w", packed), ("s", scale))), (7, 768))
+    weight = MobileWeight(*(in_memory(name, value) for name, value in (("w", packed), ("s", scale))), (7, 768), device)
     assert weight.ggml_type == kind
-    pack, group_size = {"Q2_K": (k_quants.pack_q2_k, 256), "Q4_0": (q4_0.pack, 32), "Q8_0": (q8_0.pack, 32)}[kind]
-    expected = pack(codes, scale.repeat_interleave(256 // group_size, -1)).numpy()
-    assert np.array_equal(np.concatenate(list(reblocked(weight, ScaleTally()))), expected)
+    groups = np.concatenate(list(reblocked(weight, ScaleTally())))
+    found = gguf.quants.dequantize(groups, gguf.GGMLQuantizationType[kind])
+    assert np.array_equal(found, mobile.dequantize(codes, scale.half().float()).numpy())
 
 
 def in_memory(name, tensor):

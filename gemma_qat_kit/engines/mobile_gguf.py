@@ -30,12 +30,13 @@ _DESCRIBED_BY = ("config.json", "generation_config.json", "tokenizer.json", "tok
 _STALE_SECONDS = 600  # nobody has written to a draft for so long: its process was killed
 
 
-def mobile_gguf(folder: Path, report: Report | None = None) -> Path:
+def mobile_gguf(folder: Path, report: Report | None = None, *, device: str = "cpu") -> Path:
     """Return the GGUF of a mobile checkpoint, which is written if there is none yet or it is damaged.
 
     Args:
         folder: The checkpoint.
         report: Called with the progress; raise CancelledError in it to stop, and nothing is left.
+        device: What llama.cpp will compute on, "cpu" or "cuda": 2-bit codes are of another type there.
 
     Raises:
         MissingLibraryError: It must be written, and xllamacpp to run it or torch to write it is not installed.
@@ -45,14 +46,15 @@ def mobile_gguf(folder: Path, report: Report | None = None) -> Path:
     """
     process.require_xllamacpp()
     label, places = _label_and_places(folder)
+    label = f"{label}-{device}"
     name = f"{label}-{_fingerprint(folder)}.gguf"
     found = next((place / name for place in places if _is_whole(place / name)), None)
     if found is not None:
         return found
     target = _writable(places) / name
-    _check_room(folder, target)
+    _check_room(folder, target, device)
     _clear(target.parent, label)
-    _write(folder, target, report)
+    _write(folder, target, report, device)
     return target
 
 
@@ -100,10 +102,10 @@ def _writable(places: tuple[Path, ...]) -> Path:
     )
 
 
-def _check_room(folder: Path, target: Path) -> None:
+def _check_room(folder: Path, target: Path, device: str) -> None:
     """Refuse what does not fit, by the config, before torch is started."""
     try:
-        needed = sum(tensor.nbytes for tensor in reblocked_tensors(read_config(folder)))
+        needed = sum(tensor.nbytes for tensor in reblocked_tensors(read_config(folder), device))
     except (LookupError, TypeError, AttributeError):
         return  # no config of a Gemma 4, which the export says in full
     free = free_bytes(target.parent)
@@ -124,13 +126,14 @@ def _clear(place: Path, label: str) -> None:
             path.unlink()
 
 
-def _write(folder: Path, target: Path, report: Report | None) -> None:
+def _write(folder: Path, target: Path, report: Report | None, device: str) -> None:
     """Have the child write the file; whatever ends this call ends the child."""
     paths = os.pathsep.join(filter(None, (str(_PACKAGE.parent), os.environ.get("PYTHONPATH"))))
     child, log = process.start(_SCRIPT, PYTHONPATH=paths)
     try:
         with contextlib.suppress(OSError):  # it has ended already
-            child.stdin.write(json.dumps({"source": str(folder), "target": str(target)}).encode() + b"\n")
+            order = {"source": str(folder), "target": str(target), "device": device}
+            child.stdin.write(json.dumps(order).encode() + b"\n")
         for line in child.stdout:
             said = json.loads(line)
             if "error" in said:

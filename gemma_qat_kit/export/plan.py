@@ -45,8 +45,9 @@ class GgufPlan:
         *,
         like: Path | None = None,
         importance: Mapping[str, torch.Tensor] | None = None,
+        device: str = "cuda",
     ):
-        self._format, self._tally = format, ScaleTally()
+        self._format, self._tally, self._device = format, ScaleTally(), device
         names = published_names(weights.tensors)
         self._named = {name: weights.tensors[original] for original, name in names.items()}
         self._blueprint = read_blueprint(_origin(weights, like), self._named, format)
@@ -83,7 +84,7 @@ class GgufPlan:
         num_heads = self._blueprint.num_heads.get(tensor.name)
         order = rotary_order(weight.num_rows, num_heads) if num_heads else None
         if scale is not None:
-            found = mobile_weight(weight, scale, tensor.shape)
+            found = mobile_weight(weight, scale, tensor.shape, self._device)
             return found if order is None else found.reordered(order)
         check_floats(weight)
         if weight.shape != tensor.shape:

@@ -4,7 +4,8 @@
 |---|---|---|
 | 4 bits | Q4_0, the row's scale in every group of 32 | 4.5 |
 | 8 bits | Q8_0, likewise | 8.5 |
-| 2 bits | Q2_K, a scale and a minimum for each 256: `q * scale = d * (q + 2) - 2 * d` with d = scale | 2.63 |
+| 2 bits, anywhere | Q2_K, a scale and a minimum for each 256: `q * scale = d * (q + 2) - 2 * d`, d = scale | 2.63 |
+| 2 bits, on a CPU | TQ2_0, which counts from -1: `q * scale = d * (1 - q - 1)` with d = -scale | 2.06 |
 | 2 bits, where groups of 256 do not fit | Q4_0, whose codes are a superset | 4.5 |
 
 A float16 has 11 significant bits, so a value moves by at most 2**-11 of itself. A scale below float16's normal numbers
@@ -33,11 +34,13 @@ class MobileWeight:
         packed: Codes of 2 or 4 bits, uint8 (rows, in * bits / 8), or of 8 bits, int8 (rows, in).
         scale: (rows, 1), or (rows, slices) in the per-layer embeddings.
         shape: (rows, in).
+        device: What llama.cpp will compute on, "cpu" or "cuda"; it decides the type of 2-bit codes.
     """
 
     packed: Weight
     scale: Weight
     shape: tuple[int, int]
+    device: str = "cuda"
 
     @property
     def bits(self) -> int:
@@ -47,7 +50,7 @@ class MobileWeight:
     @property
     def ggml_type(self) -> str:
         """ggml's name of the type that holds these codes exactly."""
-        return reblocked_dtype(self.bits, self.shape[-1] // self.scale.width)
+        return reblocked_dtype(self.bits, self.shape[-1] // self.scale.width, self.device)
 
     def chunks(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield packed codes and float32 scales (rows, slices), some rows at a time."""
@@ -118,7 +121,10 @@ def _grouped(packed: torch.Tensor, weight: MobileWeight, scale: torch.Tensor) ->
         return q4_0.pack(mobile.unpack(packed, 2), scale).numpy()
     groups = np.empty((*scale.shape, GROUP_BYTES[kind][0]), np.uint8)
     step = scale.numpy()[..., None].view(np.uint8)
-    if kind == "Q2_K":
+    if kind == "TQ2_0":  # a code q is stored as 1 - q, which is its stored bits turned over
+        _fill_q2_k(groups[..., :64], ~packed.numpy())
+        groups[..., 64:] = (-scale).numpy()[..., None].view(np.uint8)
+    elif kind == "Q2_K":
         groups[..., :16] = 1 | 2 << 4  # each part of 16: a scale of 1 and a minimum of 2
         _fill_q2_k(groups[..., 16:80], packed.numpy())
         groups[..., 80:82] = groups[..., 82:] = step
@@ -165,13 +171,13 @@ def _check_scale(weight: Weight, scale: torch.Tensor, first_row: int) -> None:
     )
 
 
-def mobile_weight(packed: Weight, scale: Weight, shape: tuple[int, ...]) -> MobileWeight:
+def mobile_weight(packed: Weight, scale: Weight, shape: tuple[int, ...], device: str) -> MobileWeight:
     """Return the weight of some packed codes, checked against the shape that the architecture gives it.
 
     Raises:
         BrokenCheckpointError: Another shape, or scales that do not fit it.
     """
-    found = MobileWeight(packed, scale, shape)
+    found = MobileWeight(packed, scale, shape, device)
     dtypes = {2: torch.uint8, 4: torch.uint8, 8: torch.int8}
     is_whole = packed.shape[:-1] == shape[:-1] and found.bits * shape[-1] == 8 * packed.width
     if not is_whole or dtypes.get(found.bits) != packed.dtype:

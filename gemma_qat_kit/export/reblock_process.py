@@ -35,7 +35,13 @@ def main() -> None:
     from gemma_qat_kit.export.gguf import export_gguf
 
     try:
-        made = export_gguf(order["source"], order["target"], overwrite=True, report=_reporter(say, is_over))
+        made = export_gguf(
+            order["source"],
+            order["target"],
+            device=order["device"],
+            overwrite=True,
+            report=_reporter(say, is_over),
+        )
         say(nbytes=made.nbytes)
     except KitError as err:
         say(kind=type(err).__name__, error=err.args)

@@ -37,7 +37,8 @@ def _of_size(settings: MemorySettings) -> int:
 
 def _weight_bytes(settings: MemorySettings) -> int:
     config = settings.config
-    tensors = [(t, n) for t, n in tensors_in_memory(config, settings.format, settings.engine) if _is_multiplied(t)]
+    everything = tensors_in_memory(config, settings.format, settings.engine, settings.device)
+    tensors = [(tensor, nbytes) for tensor, nbytes in everything if _is_multiplied(tensor)]
     if any(_starts(tensor, _HEADS) for tensor, _ in tensors):
         tensors = [(tensor, nbytes) for tensor, nbytes in tensors if not _starts(tensor, _TOKEN_TABLES)]
     return round(sum(nbytes * _share(tensor, config["text_config"]) for tensor, nbytes in tensors))

@@ -45,8 +45,11 @@ def training_parts(settings: MemorySettings) -> list[Part]:
         parts[ACTIVATIONS] += unpacked_bytes(network, settings)
     if settings.gradient_accumulation == 1:
         _leave_out_what_never_meets(parts, network, settings)
-    if place == "ram":  # a CPU's kernels pack the head's matrix anew before they multiply with it
-        parts[ACTIVATIONS] += compute_bytes(settings) * network.vocab * network.hidden
+    if place == "ram":  # a CPU's kernels pack the head's matrix anew; one float32 of each logit is there at that time
+        others = parts[LOGITS] * (_LOSS_BYTES - FLOAT32) // _LOSS_BYTES
+        parts[ACTIVATIONS] += max(0, compute_bytes(settings) * network.vocab * network.hidden - others)
+    if _is_small(network, settings):  # an evaluation holds the values of all blocks
+        parts[ACTIVATIONS] = max(parts[ACTIVATIONS], compute_bytes(settings) * _num_in_linears(network))
     found = [Part(name, nbytes, place) for name, nbytes in parts.items()] + _teacher_parts(settings, trained)
     if place == "ram":
         found.append(Part(ACTIVATIONS, parts[ACTIVATIONS] + parts[LOGITS], place, is_spare=True))
@@ -126,8 +129,11 @@ def layer_bytes(network: Network, layer: Layer, settings: MemorySettings) -> int
 
 def _is_small(network: Network, settings: MemorySettings) -> bool:
     """Tell whether the backward pass finds the values of a packed model's weights still there."""
-    shapes = (shape for layer in network.layers for shape in linears(network, layer).values())
-    return settings.is_packed and sum(out * into for out, into in shapes) <= SMALL_WEIGHTS
+    return settings.is_packed and _num_in_linears(network) <= SMALL_WEIGHTS
+
+
+def _num_in_linears(network: Network) -> int:
+    return sum(out * into for layer in network.layers for out, into in linears(network, layer).values())
 
 
 def _adapter_inputs(network: Network, layer: Layer, settings: MemorySettings) -> int:

@@ -39,9 +39,9 @@ def weight_parts(settings: MemorySettings) -> tuple[Part, ...]:
     if settings.size == BUILT_IN_SIZE:
         return _built_in(settings)
     if settings.config:
-        sums = _add_up(_in_memory(settings.config, settings.format, settings.engine), settings.format)
+        sums = _add_up(_in_memory(settings.config, settings.format, settings.engine, settings.device), settings.format)
     else:
-        sums = _sums_of_size(settings.size, settings.format, settings.text_only, settings.engine)
+        sums = _sums_of_size(settings.size, settings.format, settings.text_only, settings.engine, settings.device)
     parts = [part for total in sums for part in _placed(total, settings)]
     if settings.drafter:
         parts.append(_drafter(settings))
@@ -55,13 +55,13 @@ def written_bytes(settings: MemorySettings) -> int:
     if (settings.engine, settings.format) != ("llama_cpp", "mobile"):
         return 0
     if settings.config:
-        return sum(tensor.nbytes for tensor in reblocked_tensors(settings.config))
-    return _reblocked_bytes(settings.size)
+        return sum(tensor.nbytes for tensor in reblocked_tensors(settings.config, settings.device))
+    return _reblocked_bytes(settings.size, settings.device)
 
 
 @functools.cache
-def _reblocked_bytes(size: str) -> int:
-    return sum(tensor.nbytes for tensor in reblocked_tensors(hf_config(size, "mobile")))
+def _reblocked_bytes(size: str, device: str) -> int:
+    return sum(tensor.nbytes for tensor in reblocked_tensors(hf_config(size, "mobile"), device))
 
 
 def _drafter(settings: MemorySettings) -> Part:
@@ -108,11 +108,11 @@ class _Sum:
 
 
 @functools.cache
-def _sums_of_size(size: str, format: str, text_only: bool, engine: str) -> tuple[_Sum, ...]:
+def _sums_of_size(size: str, format: str, text_only: bool, engine: str, device: str) -> tuple[_Sum, ...]:
     config = hf_config(size, format if format == "mobile" else "bf16")
     if text_only:  # half of the tensors are the towers'
         config = config | {"vision_config": None, "audio_config": None}
-    return _add_up(_in_memory(config, format, engine), format)
+    return _add_up(_in_memory(config, format, engine, device), format)
 
 
 def _add_up(tensors: Iterator[Tensor], format: str) -> tuple[_Sum, ...]:
@@ -139,12 +139,12 @@ def _built_in(settings: MemorySettings) -> tuple[Part, ...]:
     return Part(TEXT_LAYERS, everything - embeddings, place), Part(EMBEDDINGS, embeddings, place)
 
 
-def _in_memory(config: dict, format: str, engine: str) -> Iterator[Tensor]:
+def _in_memory(config: dict, format: str, engine: str, device: str) -> Iterator[Tensor]:
     """Yield the tensors that are in memory once a checkpoint is loaded and has run."""
     if format == "q4_0":
         return gguf_tensors(config)
     if format == "mobile" and engine == "llama_cpp":
-        return reblocked_tensors(config)
+        return reblocked_tensors(config, device)
     if format == "mobile":
         used = {tensor.name for tensor in bf16_tensors(config, has_shared_kv=False)}
         return (t for t in mobile_tensors(config) if not _is_shared_kv(t.name, used) and "_cache_scale" not in t.name)
@@ -154,9 +154,9 @@ def _in_memory(config: dict, format: str, engine: str) -> Iterator[Tensor]:
     return bf16_tensors(config, has_shared_kv=False)
 
 
-def tensors_in_memory(config: dict, format: str, engine: str) -> Iterator[tuple[Tensor, int]]:
+def tensors_in_memory(config: dict, format: str, engine: str, device: str) -> Iterator[tuple[Tensor, int]]:
     """Yield the tensors that an engine computes with, each with the bytes that it has in memory by then."""
-    for tensor in _in_memory(config, format, engine):
+    for tensor in _in_memory(config, format, engine, device):
         if format == "w4a16" and _is_packed(tensor.name):
             continue
         is_unpacked = format == "q4_0" and engine == "transformers" and tensor.name == "token_embd.weight"
