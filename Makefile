@@ -23,12 +23,13 @@ test: python
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder --durations=25
-	@$(MAKE) --jobs=2 --output-sync=target overlay/colab overlay/transformers-5.15.0 overlay/transformers-5.23.0
+	@$(MAKE) --jobs=2 --output-sync=target overlay/colab overlay/transformers-5.15.0 overlay/transformers-5.24.0
 
 # Two test processes at a time, each on one core: threads that wait for each other on the same core make all slower.
 # The same tests with other releases installed over the usual ones:
 overlay/transformers-%: FILES = $(LOADERS)
 overlay/transformers-5.15.0: FILES = $(LOADERS) test_load_built_in
+overlay/transformers-5.24.0: FILES = $(LOADERS) test_drafting test_notebooks
 overlay/colab: FILES = $(ON_COLAB)
 overlay/%:
 	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/.overlays/$* GQK_OVERLAY=$* .venv/bin/python -m pytest tests/test_overlays.py $(FILES:%=tests/%.py)

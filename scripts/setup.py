@@ -27,7 +27,7 @@ LAB_SETTINGS = {"@jupyterlab/apputils-extension:notification": {"fetchNews": "fa
 # The first two are what Colab ships and the newest; `colab` is the widget stack of Colab's image of 2026-08-19.
 OVERLAYS = {
     "transformers-5.15.0": ("transformers==5.15.0", "huggingface_hub==1.27.0", "tokenizers==0.22.2"),
-    "transformers-5.23.0": ("transformers==5.23.0", "huggingface_hub==2.4.0", "tokenizers==0.23.3"),
+    "transformers-5.24.0": ("transformers==5.24.0", "huggingface_hub==2.4.0", "tokenizers==0.23.3"),
     "colab": (
         *("ipywidgets==7.7.1", "ipykernel==6.17.1", "ipython==7.34.0", "traitlets==5.7.1", "plotly==5.24.1"),
         *("anywidget==0.9.21", "jupyter_client==7.4.9", "tornado==6.5.7", "numpy==2.1.3", "nbclient==0.10.4"),

@@ -91,17 +91,17 @@ def test_every_widget_is_the_last_line_of_its_cell_and_said_again_in_words(noteb
         assert "panel above" in notebook.cells[index + 1].source
 
 
-# Beside other releases these would cost minutes and show no more than their own tests.
-RUN = [path for path in NOTEBOOKS if not os.environ.get("GQK_OVERLAY") or path.stem not in ("04_finetune", "06_teach")]
+ON_OVERLAY = bool(os.environ.get("GQK_OVERLAY"))  # other releases: whether its code runs there, not what is learnt
 
 # Less of the same where it takes long: enough for the order of formats, and for the form of a ticket.
-SHORTER = {"04_finetune": {"STEPS = 40": "STEPS = 20", "orders(10": "orders(3"},
+SHORTER = {"04_finetune": {"STEPS = 40": "STEPS = 2", "orders(160": "orders(24", "orders(10": "orders(1"}
+                          if ON_OVERLAY else {"STEPS = 40": "STEPS = 20", "orders(10": "orders(3"},
            "05_chat": {"MAX_NEW_TOKENS = 120": "MAX_NEW_TOKENS = 40"},
            "06_teach": {"NUM_STUDENTS = 30": "NUM_STUDENTS = 4", "NUM_RUNS = 2": "NUM_RUNS = 1"}}  # fmt: skip
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", RUN, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_from_top_to_bottom_offline(path, monkeypatch, tmp_path):
     from nbclient import NotebookClient
 
@@ -238,10 +238,11 @@ def _table(notebook, start):
 def _check_finetune(notebook, states):
     """It learns the form of a ticket: the exported file writes one for a name that it never saw."""
     ticket = _printed(notebook, "with gqk.load(path)").splitlines()[0].split(" → ")[1].strip()
-    assert re.fullmatch(r"\w+ \| \d x [a-z ]+ \| (small|medium|large) \| (TO GO|HERE)", ticket), ticket
+    is_ticket = re.fullmatch(r"\w+ \| \d x [a-z ]+ \| (small|medium|large) \| (TO GO|HERE)", ticket)
+    assert is_ticket or ON_OVERLAY, ticket
     assert "Modelfile" in _printed(notebook, "path = panel.export()")
     shown = " ".join(str(state.get("value", "")) for state in states)
-    assert "after 20 steps" in shown
+    assert f"after {2 if ON_OVERLAY else 20} steps" in shown
     assert "Written:" in shown
 
 

@@ -1,6 +1,8 @@
 """Gemma 4 in Q4_0 blocks: read from a GGUF, or packed from 16 bits, it computes what transformers computes with the
 same values, and what it reads is what it writes again."""
 
+import warnings
+
 import gguf
 import pytest
 import torch
@@ -9,10 +11,12 @@ from test_load import IDS, gguf_values
 
 import gemma_qat_kit as gqk
 from gemma_qat_kit.architectures import GEMMA_SIZES, hf_config
+from gemma_qat_kit.engines import transformers_traps
 from gemma_qat_kit.engines.packed import PackedExperts, PackedLinear, blocks_of
 from gemma_qat_kit.engines.transformers_packed import load_packed
 from gemma_qat_kit.engines.transformers_table import HostTable
 from gemma_qat_kit.errors import BadSettingError, BrokenCheckpointError, UnknownNameError
+from gemma_qat_kit.finetune.lora import adapters, add_adapters, find_linears
 from gemma_qat_kit.gguf.config import config_of
 from gemma_qat_kit.gguf.header import GgufHeader, GgufTensor
 from gemma_qat_kit.gguf.metadata import model_keys
@@ -168,3 +172,21 @@ def test_a_gguf_that_lacks_something_is_refused(tiny, tmp_path):
         path.write_bytes(data.replace(name, name[:-1] + b"X", 1))
         with pytest.raises(BrokenCheckpointError, match=message):
             gqk.load(path, "q4_0", engine="transformers", device="cpu", report=quiet)
+
+
+def test_layers_are_computed_twice_by_whatever_name_this_release_has_for_it(load):
+    module = load("E2B").hf[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for is_on in (True, False):
+            transformers_traps.set_checkpointing(module, is_on)
+            layers = module.get_decoder().layers
+            assert [layer.gradient_checkpointing for layer in layers] == [is_on] * len(layers)
+
+
+def test_adapters_are_put_in_without_a_warning(load):
+    module = load("E2B").hf[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        add_adapters(module, find_linears(module, ["q_proj"]), rank=2, alpha=2, qat=True)
+    assert adapters(module)

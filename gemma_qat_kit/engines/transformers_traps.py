@@ -8,12 +8,15 @@
 tokenizer alone |
 | every | a mobile forward unpacks whole matrices, and the embeddings for one row | `transformers_mobile` does not |
 | 5.18, 5.19 | `generate(assistant_model=…)` raises a TypeError | drafters ask for another release |
-| 5.23 | a per-layer embedding scale of several columns is refused (mobile) | the parameter is given its real shape |
-| 5.23 | a drafter, whose layers all share, cannot be built | all its layers "reuse" |
-| 5.23 | a target without shared layers stores nothing for its drafter | the last layer of each kind "stores" |
+| 5.23 on | a per-layer embedding scale of several columns is refused (mobile) | the parameter is given its real shape |
+| 5.23 on | a drafter, whose layers all share, cannot be built | all its layers "reuse" |
+| 5.23 on | a target without shared layers stores nothing for its drafter | the last layer of each kind "stores" |
+| 5.24 on | gradient checkpointing is called activation checkpointing | the name that is there is used |
+| 5.24 on | peft asks a model by the old name, which warns | the warning is not shown |
 """
 
 import functools
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -54,6 +57,24 @@ def clean_config(config: dict) -> dict:
     if quantization is not None and not quantization.get("quant_method"):
         return {key: value for key, value in config.items() if key != "quantization_config"}
     return config
+
+
+def set_checkpointing(module, is_on: bool) -> None:
+    """Have a model compute its layers a second time in the backward pass instead of keeping their activations."""
+    kind = "activation" if hasattr(module, "activation_checkpointing_enable") else "gradient"
+    if is_on:
+        kept = {f"{kind}_checkpointing_kwargs": {"use_reentrant": False}}
+        getattr(module, f"{kind}_checkpointing_enable")(**kept)
+    else:
+        getattr(module, f"{kind}_checkpointing_disable")()
+
+
+@contextmanager
+def peft_unwarned() -> Iterator[None]:
+    """Let peft ask a model for its checkpointing by the old name without a warning that nobody can act on."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.* is deprecated")
+        yield
 
 
 @contextmanager

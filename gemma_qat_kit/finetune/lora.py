@@ -21,6 +21,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 
 from gemma_qat_kit.engines.packed import PackedLinear, as_computed, is_small, product_with_held
+from gemma_qat_kit.engines.transformers_traps import peft_unwarned
 from gemma_qat_kit.errors import BadSettingError
 from gemma_qat_kit.formats import q4_0
 from gemma_qat_kit.formats.grids import GRIDS, learned_fake_quantize
@@ -143,7 +144,7 @@ def add_adapters(
     )
     # The first class that fits is taken, before peft asks what else is installed: a stale torchao would make it raise.
     config._register_custom_module({PackedLinear: GridLora if qat else PlainGridLora, nn.Linear: LoraLinear})
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), peft_unwarned():
         torch.manual_seed(seed)
         adapted = get_peft_model(module, config)
     found = [part for part in adapted.modules() if isinstance(part, LoraLinear)]

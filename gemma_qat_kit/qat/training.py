@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
+from gemma_qat_kit.engines.transformers_traps import set_checkpointing
 from gemma_qat_kit.errors import BadSettingError, CancelledError
 from gemma_qat_kit.progress import Progress, Report, progress_bar
 from gemma_qat_kit.qat.loop import train_steps
@@ -181,12 +182,12 @@ def training_mode(module: nn.Module, settings: LoopSettings) -> Iterator[None]:
     was_training = module.training
     module.train()
     if settings.gradient_checkpointing:
-        module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        set_checkpointing(module, True)
     try:
         yield
     finally:
         if settings.gradient_checkpointing:
-            module.gradient_checkpointing_disable()
+            set_checkpointing(module, False)
         module.zero_grad(set_to_none=True)
         module.train(was_training)
 
