@@ -178,7 +178,7 @@ def _check_chat(notebook, states):
     assert "'text/plain': 'True'" in str(_cell(notebook, "talk = gqk.Conv").outputs[-1].data), "replayed word for word"
     assert "**smollm2-135m q4_1**" in _printed(notebook, "path = talk.save")
     assert "'seed': 0" in str(_cell(notebook, "path = talk.save").outputs[-1].data)
-    assert len(re.findall(r"\d % as in reference", _printed(notebook, "comparison ="))) == 2
+    assert len(re.findall(r"\d % as in unrounded", _printed(notebook, "comparison ="))) == 2
 
 
 def _check_memory(notebook, states):
