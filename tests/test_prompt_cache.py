@@ -42,6 +42,19 @@ def test_gemma_keeps_the_prompt_beyond_its_window_and_without_its_thoughts(tiny,
     assert all(after.cached_prompt_tokens >= before.prompt_tokens for before, after in replies)
 
 
+def test_a_class_with_more_chats_than_places_has_no_conversation_read_again():
+    topics = ("gravity", "a whale", "bread", "a comet")
+    with gqk.serve("smollm2-135m", num_chats=2, context_length=1024, report=lambda progress: None) as served:
+        model = gqk.load(served.address, token=served.key)
+        talks = [[{"role": "user", "content": f"{topic}, " * 40 + "what is it?"}] for topic in topics]
+        firsts = [model.chat(talk, max_new_tokens=24, temperature=0) for talk in talks]
+        for talk, first in zip(talks, firsts, strict=True):
+            talk += [first.message, {"role": "user", "content": "Say more."}]
+        seconds = [model.chat(talk, max_new_tokens=1, temperature=0) for talk in talks]
+    for first, second in zip(firsts, seconds, strict=True):
+        assert second.cached_prompt_tokens >= first.prompt_tokens
+
+
 def test_where_nobody_counts_it_is_not_known(tiny):
     with gqk.load(tiny("E2B", "bf16")) as model:
         assert model.chat("sky", max_new_tokens=1).cached_prompt_tokens is None

@@ -89,7 +89,8 @@ class LlamaCppEngine(EndpointEngine):
         self._order = {"path": str(path), "adapter": str(adapter or ""), "drafter": str(drafter or ""),
                        "projector": str(projector or ""), "kv_format": kv_format,
                        "context_length": int(context_length), "num_gpu_layers": num_gpu_layers,
-                       "num_threads": self.num_threads, **asdict(self._serving)}  # fmt: skip
+                       "num_threads": self.num_threads, "kept_mib": self._serving.kept_mib,
+                       **asdict(self._serving)}  # fmt: skip
         self._launch(report)
 
     def _launch(self, report: Report | None = None) -> None:

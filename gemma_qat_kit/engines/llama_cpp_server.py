@@ -64,8 +64,8 @@ def _load(order: dict) -> tuple:
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = order["num_threads"]
     params.fit_params = False  # it would shorten the context without saying so
     # It keeps copies of prompts (8 GiB), and of the sliding window as it was in up to 32 places (160 MiB each in 12B).
-    # A chat goes on where it stopped without the first, and needs the second only where it is taken back a step.
-    params.cache_ram_mib, params.n_ctx_checkpoints = 0, 2
+    # One chat goes on where it stopped without the first, and needs the second only where it is taken back a step.
+    params.cache_ram_mib, params.n_ctx_checkpoints = order["kept_mib"], 2
     kv_format = "F16" if order["kv_format"] == "bf16" else order["kv_format"].upper()
     kind = getattr(xllamacpp.ggml_type, f"GGML_TYPE_{kv_format}")
     params.cache_type_k = params.cache_type_v = kind

@@ -8,6 +8,7 @@ import urllib.parse
 from dataclasses import dataclass, field
 
 from gemma_qat_kit.errors import BadSettingError
+from gemma_qat_kit.memory.key_values import KEPT_MIB
 from gemma_qat_kit.memory.settings import check_count
 
 MOST_CHATS = 256  # llama.cpp's LLAMA_MAX_SEQ
@@ -53,6 +54,11 @@ class Serving:
                 f"A key is always required: {_KEY_LENGTH} or more plain letters, digits and signs, without spaces.",
                 "Leave key out, and one is drawn.",
             )
+
+    @property
+    def kept_mib(self) -> int:
+        """MiB for conversations whose place another one took: with them they go on without being read again."""
+        return KEPT_MIB * self.num_chats if self.num_chats > 1 else 0
 
     @property
     def is_loopback(self) -> bool:

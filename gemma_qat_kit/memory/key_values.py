@@ -4,6 +4,7 @@ from gemma_qat_kit.memory.network import Layer, Network
 
 LLAMA_CPP_BATCH = 512  # tokens that llama.cpp computes at once; sliding layers hold so many beyond their window
 LLAMA_CPP_CHECKPOINTS = 2  # copies of the sliding layers' window that it keeps, to go back to in a conversation
+KEPT_MIB = 32  # for each of several chats: conversations whose place another took, so that they need not be read again
 _CELLS = 256  # llama.cpp rounds the length of a cache up to a multiple of this
 
 

@@ -4,7 +4,7 @@ Widths and counts come from the config. The few constants are measured (`bench/m
 miss by) and named for what they stand for.
 """
 
-from gemma_qat_kit.memory.key_values import LLAMA_CPP_BATCH, checkpoint_bytes, kv_cache_bytes, rounded_up
+from gemma_qat_kit.memory.key_values import KEPT_MIB, LLAMA_CPP_BATCH, checkpoint_bytes, kv_cache_bytes, rounded_up
 from gemma_qat_kit.memory.network import Network, find_network
 from gemma_qat_kit.memory.parts import ACTIVATIONS, ENGINE, LOGITS, Part
 from gemma_qat_kit.memory.settings import KV_FORMATS, MemorySettings
@@ -38,6 +38,7 @@ def chat_parts(settings: MemorySettings) -> list[Part]:
     place, network = settings.place, find_network(settings)
     if settings.engine == "llama_cpp":
         kept = checkpoint_bytes(network, settings.context_length, KV_FORMATS[settings.kv_format])
+        kept += KEPT_MIB * MIB if settings.batch_size > 1 else 0
         return [
             Part(ACTIVATIONS, llama_cpp_compute_bytes(network, settings.context_length), place),
             Part(LOGITS, FLOAT32 * network.vocab * settings.batch_size, "ram"),
