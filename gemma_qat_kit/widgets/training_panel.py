@@ -20,8 +20,8 @@ from gemma_qat_kit.quality.post_training import module_of
 from gemma_qat_kit.widgets import pump
 from gemma_qat_kit.widgets.look import STYLE, amount_done, error_html, escape, status_html
 from gemma_qat_kit.widgets.training_figures import TRAINING_STYLE, figures_html
-from gemma_qat_kit.widgets.training_replay import replay_html
 from gemma_qat_kit.widgets.training_session import Choice, TrainingSession, check_can_train, prepared_format
+from gemma_qat_kit.widgets.training_walk import walk_html
 
 _FORMATS = (*(name for name in QAT_FORMATS if "_g32" in name or name == "q4_0"),
             *(name for name in QAT_FORMATS if "mobile" in name))  # fmt: skip
@@ -266,7 +266,7 @@ class TrainingPanel(widgets.VBox):
         drawn = (id(session), len(places), index)
         if drawn != self._drawn:
             self._drawn = drawn
-            self._replay.value = replay_html(group, places, index)
+            self._replay.value = walk_html(group, places, index)
 
 
 def _known(name: str, names: tuple[str, ...], kind: str) -> str:

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 
 from gemma_qat_kit.catalog import FORMAT_COLOURS
 from gemma_qat_kit.finetune.run import TuneEvaluation
-from gemma_qat_kit.qat.evaluation import Evaluation, Lines
-from gemma_qat_kit.qat.run import Step
+from gemma_qat_kit.qat.run import Evaluation, Lines, Step
 from gemma_qat_kit.widgets.look import escape
 
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 360, 240, 46, 30, 40

@@ -8,15 +8,15 @@ from torch import nn
 
 from gemma_qat_kit.errors import BadSettingError
 from gemma_qat_kit.model import Model
-from gemma_qat_kit.qat.evaluation import Evaluation, Lines
 from gemma_qat_kit.qat.fake_quantizer import masters, quantizers
 from gemma_qat_kit.qat.prepare import prepare_qat
-from gemma_qat_kit.qat.run import Step
+from gemma_qat_kit.qat.run import Evaluation, Lines, Step
 from gemma_qat_kit.qat.settings import TrainSettings
 from gemma_qat_kit.qat.train import train_qat
 from gemma_qat_kit.quality.post_training import module_of
 from gemma_qat_kit.widgets.session import Session
-from gemma_qat_kit.widgets.training_replay import Group, Place, find_groups, liveliest, take_places
+from gemma_qat_kit.widgets.training_places import find_groups, take_places
+from gemma_qat_kit.widgets.training_walk import Group, Place, liveliest
 
 # What this kernel's panels prepared, and trained without keeping the weights from before; modules are held weakly.
 _formats: "weakref.WeakKeyDictionary[nn.Module, str]" = weakref.WeakKeyDictionary()

@@ -1,22 +1,15 @@
-"""The replay of a training run: where one group of weights stood after each step, over the levels of its grid."""
+"""The walk of weights in training: where one group stood after each step, over the levels of its grid."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import nn
-
 from gemma_qat_kit.catalog import FORMAT_COLOURS
-from gemma_qat_kit.formats.grids import Grid
-from gemma_qat_kit.qat.fake_quantizer import masters
-from gemma_qat_kit.widgets.group_picture import line
-from gemma_qat_kit.widgets.look import escape
+from gemma_qat_kit.widgets.look import escape, line
 
 NUM_WEIGHTS = 32
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 320, 36, 8, 6, 42
 _MARGIN = 0.7  # steps of the grid above the highest weight and below the lowest one
-_ROWS, _NEAR = 256, 0.05  # rows that groups are looked for in; steps of the grid from a border that count as near
 NUM_GROUPS = 64  # that are watched
 _SMALLEST_GAP = 17  # between two labels; on a phone their letters are as high
 _MOVED = "#D55E00"
@@ -64,13 +57,16 @@ class Group:
 
     Attributes:
         name: Of the weight.
-        grid: Its grid.
+        low, high: Smallest and largest code of its grid.
+        is_half: Whether its scales are float16, as in Q4_0.
         row: Leading axes counted as one.
         column: Of the first of them.
     """
 
     name: str
-    grid: Grid
+    low: int
+    high: int
+    is_half: bool
     row: int = 0
     column: int = 0
 
@@ -79,37 +75,6 @@ class Group:
         """Where they lie."""
         last = self.column + NUM_WEIGHTS - 1
         return f"{self.name.removesuffix('.weight')}, row {self.row}, weights {self.column} to {last}"
-
-
-def find_groups(module: nn.Module) -> list[Group]:
-    """Return the groups of a prepared model that are watched: of the first rows, those with most weights near a border.
-
-    A code changes where a weight crosses the border between two levels, and in a short training most are far from one.
-    Scales near the median are asked for, since the learning rate of a weight is in steps of that.
-    """
-    name, (master, quantizer) = next(iter(masters(module).items()))
-    grid, width = quantizer.grid, master.shape[-1]
-    scale = grid.stored_scale(quantizer.scale.detach().flatten(0, -2)[:_ROWS])
-    step = scale.repeat_interleave(width // scale.shape[-1], -1)
-    ratio = master.detach().flatten(0, -2)[:_ROWS] / torch.where(step == 0, 1, step)
-    median = quantizer.scale.detach().abs().median()
-    is_usual = (step.abs() > 0.5 * median) & (step.abs() < 1.5 * median) & (ratio > grid.low) & (ratio < grid.high)
-    is_near = ((ratio - ratio.floor() - 0.5).abs() < _NEAR) & is_usual
-    groups = is_near[:, : width // NUM_WEIGHTS * NUM_WEIGHTS].unflatten(-1, (-1, NUM_WEIGHTS)).sum(-1)
-    order = groups.flatten().argsort(descending=True, stable=True)[:NUM_GROUPS].tolist()
-    return [Group(name, grid, i // groups.shape[-1], NUM_WEIGHTS * (i % groups.shape[-1])) for i in order]
-
-
-def take_places(module: nn.Module, groups: Sequence[Group], step: int) -> list[Place]:
-    """Copy groups of one weight as they are now."""
-    master, quantizer = masters(module)[groups[0].name]
-    masters_of, scales_of = (each.detach().flatten(0, -2) for each in (master, quantizer.scale))
-    width, num_scales = masters_of.shape[-1], scales_of.shape[-1]
-    values = torch.stack([masters_of[g.row, g.column : g.column + NUM_WEIGHTS] for g in groups]).cpu()
-    scales = torch.stack([scales_of[g.row, g.column * num_scales // width] for g in groups]).cpu()[:, None]
-    codes, stored = quantizer.grid.codes(values, scales), quantizer.grid.stored_scale(scales)
-    return [Place(step, tuple(v), s, tuple(c)) for v, s, c in
-            zip(values.tolist(), stored.flatten().tolist(), codes.tolist(), strict=True)]  # fmt: skip
 
 
 def liveliest(places: Sequence[Sequence[Place]]) -> int:
@@ -121,7 +86,7 @@ def liveliest(places: Sequence[Sequence[Place]]) -> int:
     return max(range(len(places[0])), key=lambda i: places[-1][i].num_changed(places[0][i]))
 
 
-def replay_html(group: Group | None, places: Sequence[Place], index: int) -> str:
+def walk_html(group: Group | None, places: Sequence[Place], index: int) -> str:
     """Draw the group after one of the steps, and from where each weight has come; empty before there is one."""
     words = _EMPTY if group is None else _caption(group, places, index)
     drawn = [_FRAME] if group is None else _drawn(group, places, index)
@@ -142,26 +107,26 @@ def _caption(group: Group, places: Sequence[Place], index: int) -> str:
 
 
 def _drawn(group: Group, places: Sequence[Place], index: int) -> list[str]:
-    low, high = _range(group.grid, places)
+    low, high = _range(group, places)
 
     def y(height: float) -> float:
         return TOP + (high - height) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
-    colour = FORMAT_COLOURS["q4_0" if group.grid.is_half else "mobile"]
-    lines = _levels(group.grid, low, high, y, colour)
+    colour = FORMAT_COLOURS["q4_0" if group.is_half else "mobile"]
+    lines = _levels(group, low, high, y, colour)
     return lines + [_weight(i, places[0], places[index], y, colour) for i in range(len(places[0].codes))]
 
 
-def _range(grid: Grid, places: Sequence[Place]) -> tuple[float, float]:
+def _range(group: Group, places: Sequence[Place]) -> tuple[float, float]:
     """Return what is shown: all that the weights ever were, the same in each frame, and a level on either side."""
     heights = [height for place in places for height in place.heights]
     low, high = min(heights), max(heights)
-    return min(low, grid.high) - _MARGIN, max(high, grid.low) + _MARGIN
+    return min(low, group.high) - _MARGIN, max(high, group.low) + _MARGIN
 
 
-def _levels(grid: Grid, low: float, high: float, y, colour: str) -> list[str]:
+def _levels(group: Group, low: float, high: float, y, colour: str) -> list[str]:
     """Draw the levels that can be seen, their codes where there is room, and the borders between few of them."""
-    codes = range(max(grid.low, math.ceil(low)), min(grid.high, math.floor(high)) + 1)
+    codes = range(max(group.low, math.ceil(low)), min(group.high, math.floor(high)) + 1)
     gap = (HEIGHT - TOP - BOTTOM) / (high - low)
     every = 2 ** max(0, math.ceil(math.log2(_SMALLEST_GAP / gap)))
     drawn = []
@@ -171,7 +136,7 @@ def _levels(grid: Grid, low: float, high: float, y, colour: str) -> list[str]:
         drawn.append(line(LEFT, y(code), WIDTH - RIGHT, y(code), colour, 1.2, 0.55))
         if code % every == 0:
             drawn.append(_text(LEFT - 8, y(code) + 4, "end", code))
-        if gap >= _SMALLEST_GAP and code < grid.high and code + 0.5 < high:
+        if gap >= _SMALLEST_GAP and code < group.high and code + 0.5 < high:
             border = 'stroke="currentColor" stroke-width="1" opacity=".3" stroke-dasharray="1 5"'
             drawn.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(code + 0.5):.1f}" y2="{y(code + 0.5):.1f}" '
                          f"{border}/>")  # fmt: skip
