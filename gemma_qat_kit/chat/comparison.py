@@ -10,6 +10,7 @@ from pathlib import Path
 from gemma_qat_kit.chat.conversation_file import read_json, write_text
 from gemma_qat_kit.chat.models import held_bytes, named_models
 from gemma_qat_kit.errors import BadSettingError, KitError
+from gemma_qat_kit.machine import where_and_when
 from gemma_qat_kit.messages import Message
 
 MOST_MODELS = 4
@@ -80,12 +81,14 @@ class Comparison:
         system: Instructions before it.
         settings: Those of `Model.stream`.
         panes: The answers.
+        made: On which machine, and when.
     """
 
     prompt: str
     system: str = ""
     settings: dict = field(default_factory=dict)
     panes: tuple[Pane, ...] = ()
+    made: str = ""
 
     def agreement(self, index: int) -> Agreement:
         """Return how far an answer goes with the first one; while that still comes, with what there is of it."""
@@ -122,7 +125,7 @@ class Comparison:
         kept = read_json(Path(path), _KIND, _VERSION)
         try:
             panes = tuple(_pane(pane) for pane in kept["panes"])
-            texts = [kept["prompt"], kept["system"]]
+            texts = [kept["prompt"], kept["system"], kept.get("made", "")]
             if not (all(isinstance(text, str) for text in texts) and isinstance(kept["settings"], dict) and panes):
                 raise TypeError("texts, settings or panes are of another type")
         except (KeyError, TypeError, ValueError) as err:
@@ -131,7 +134,8 @@ class Comparison:
                 "Comparison.save writes such files.",
                 "Record it again.",
             ) from err
-        return Comparison(*texts, kept["settings"], panes[:MOST_MODELS])
+        prompt, system, made = texts
+        return Comparison(prompt, system, kept["settings"], panes[:MOST_MODELS], made)
 
 
 def _pane(kept: dict) -> Pane:
@@ -184,7 +188,8 @@ def compare_answers(
     """
     named = check_number_of_models(named_models(models))
     settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    found = Comparison(prompt, system, settings, tuple(Pane(name, model.format) for name, model in named.items()))
+    panes = tuple(Pane(name, model.format) for name, model in named.items())
+    found = Comparison(prompt, system, settings, panes, where_and_when())
     messages = [{"role": "system", "content": system}] if system.strip() else []
     messages.append({"role": "user", "content": prompt})
     for index, model in enumerate(named.values()):

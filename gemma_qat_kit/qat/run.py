@@ -2,6 +2,7 @@
 
 import html
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from gemma_qat_kit.catalog import PANEL_STYLE
@@ -57,6 +58,17 @@ class Lines:
         """
         lost = self.plain.nats - self.float_nats
         return (self.plain.nats - nats) / lost if lost > 0 else None
+
+
+def best_of(evaluations: Iterable[Evaluation], *, is_text: bool) -> Evaluation | None:
+    """Return the evaluation whose model is kept; None where there is none.
+
+    Args:
+        evaluations: Those so far.
+        is_text: Whether the text itself is learnt: the least surprised one is kept then, else the one nearest to the
+            model before quantization.
+    """
+    return min(evaluations, key=lambda each: each.nats if is_text else each.kl_divergence, default=None)
 
 
 @dataclass(frozen=True)
