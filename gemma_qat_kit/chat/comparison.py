@@ -14,6 +14,7 @@ from gemma_qat_kit.machine import where_and_when
 from gemma_qat_kit.messages import Message
 
 MOST_MODELS = 4
+_MOST_SECONDS = 1_000_000  # that an answer takes: a replay waits as long
 _KIND, _VERSION = "gemma_qat_kit comparison", 1
 
 
@@ -128,7 +129,7 @@ class Comparison:
             texts = [kept["prompt"], kept["system"], kept.get("made", "")]
             if not (all(isinstance(text, str) for text in texts) and isinstance(kept["settings"], dict) and panes):
                 raise TypeError("texts, settings or panes are of another type")
-        except (KeyError, TypeError, ValueError) as err:
+        except (KeyError, TypeError, ValueError, OverflowError) as err:
             raise BadSettingError(
                 f"{path} is no comparison that can be read: {err}.",
                 "Comparison.save writes such files.",
@@ -144,6 +145,8 @@ def _pane(kept: dict) -> Pane:
     pane = replace(pane, pieces=tuple(map(str, pane.pieces)), times=tuple(map(float, pane.times)))
     if len(pane.pieces) != len(pane.times) or not all(isinstance(t, str) for t in (pane.name, pane.format, pane.ended)):
         raise ValueError("a pane has not as many times as pieces")
+    if not all(0 <= moment < _MOST_SECONDS for moment in pane.times):
+        raise ValueError(f"a time is not from 0 to {_MOST_SECONDS:,} seconds")
     memory = None if pane.memory_bytes is None else int(pane.memory_bytes)
     return replace(pane, tokens_per_second=float(pane.tokens_per_second), memory_bytes=memory)
 
