@@ -1,11 +1,13 @@
 """The recordings that come with the kit: what bench/record.py makes, in agreement with themselves, and they load."""
 
 import math
+import re
 import runpy
 import tomllib
 from fnmatch import fnmatch
 from pathlib import Path
 
+import nbformat
 import pytest
 
 from gemma_qat_kit.chat.comparison import Comparison
@@ -93,3 +95,12 @@ def test_a_name_opens_one_that_came_with_the_kit_and_a_path_any_file(tmp_path, c
     assert CompareChat(recording=str(path)).comparison == Comparison.load(FOLDER / "comparison.json")
     with pytest.raises(UnknownNameError, match=r"Unknown recording 'E2B'. Known: smollm2-135m"):
         CompareChat(recording="E2B")
+
+
+@pytest.mark.parametrize(("notebook", "cell", "steps"), [("00_start_here", "ahead-static", (0, 60)),
+                                                         ("03_qat", "full-run-static", (0, 30, 60))])  # fmt: skip
+def test_the_notebooks_say_its_figures(run, notebook, cell, steps):
+    cells = {cell.id: cell.source for cell in nbformat.read(ROOT / "notebooks" / f"{notebook}.ipynb", 4).cells}
+    said = re.findall(r"(\d+) %", cells[cell])
+    assert [f"{float(share) / 100:.0%}" for share in said] == [f"{run.share_recovered(step):.0%}" for step in steps]
+    assert run.best().step == 60
