@@ -202,7 +202,7 @@ def test_the_slider_moves_the_charts_and_the_walk():
 
 def test_it_says_that_it_is_a_recording_and_where_it_was_made():
     replay = TrainingReplay(RUN)
-    words = "A recording: nothing is computed here. Held out: the end of a text. Made on 2 CPU cores, 2026-01-31."
+    words = "A recording: nothing is computed here. Held out: the end of “a text”. Made on 2 CPU cores, 2026-01-31."
     assert words in replay.children[-1].value
     assert "<b>a model</b>, trained for q4_0: 3 of 4 steps." in replay.children[1].value
     assert "1 min 15 s" in replay._figures.value

@@ -103,7 +103,9 @@ class CompareChat(widgets.VBox):
     def _play(self, speed: float) -> None:
         """Show what had come at each moment, one model after the other, as they answered."""
         whole, begun = self._recorded, 0.0
-        self._words = "A recording, replayed" + (" as it was." if speed == 1 else ", faster than it was.")
+        self._words = (
+            f"A recording, replayed {'as it was' if speed == 1 else 'faster than it was'}.{self._where_made()}"
+        )
         started = time.perf_counter()
         ends = [pane.times[-1] if pane.times else 0.0 for pane in whole.panes]
         while (now := (time.perf_counter() - started) * speed) < sum(ends) and not self._stopped.is_set():
@@ -159,6 +161,8 @@ class CompareChat(widgets.VBox):
 
     def _first_words(self) -> str:
         if self._recorded is not None:
-            made = f" Made on {self._recorded.made}." if self._recorded.made else ""
-            return f"A recording: press Replay.{made}"
+            return f"A recording: press Replay.{self._where_made()}"
         return f"{len(self._models)} models are ready; the first is the reference."
+
+    def _where_made(self) -> str:
+        return f" Made on {self._recorded.made}." if self._recorded.made else ""

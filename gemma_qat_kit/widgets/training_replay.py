@@ -65,7 +65,7 @@ class TrainingReplay(widgets.VBox):
 
     def _status(self) -> str:
         run = self.recording
-        return f"A recording: nothing is computed here. Held out: the end of {run.held_out}. Made on {run.made}."
+        return f"A recording: nothing is computed here. Held out: the end of “{run.held_out}”. Made on {run.made}."
 
     def _show(self) -> None:
         """Draw the run as it was at the slider's place."""

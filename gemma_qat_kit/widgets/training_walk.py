@@ -20,7 +20,7 @@ _FRAME = (
 _EMPTY = "The walk of 32 weights over the levels of their grid, step by step: nothing is trained yet."
 _LEGEND = (
     "Lines are the levels of the grid with their codes, dotted ones where rounding tips over. A ring is where a weight "
-    "began, the dot where it is now; below are the codes, orange where the code is another one than at first. Of "
+    "began, the dot where it is; below are the codes, bold over orange where the code is another one than at first. Of "
     f"{NUM_GROUPS} groups of 32 neighbours that began near borders, the one in which most codes have changed is shown."
 )
 
@@ -150,12 +150,14 @@ def _weight(i: int, first: Place, now: Place, y, colour: str) -> str:
     has_moved, is_wide = now.codes[i] != first.codes[i], max(map(abs, now.codes + first.codes)) > 9
     below = HEIGHT - BOTTOM + 24 + (i % 2 * 14 - 7) * is_wide  # wide codes stand in two rows, in turn
     colour = _MOVED if has_moved else colour
-    label = f'font-weight="700" fill="{_MOVED}"' if has_moved else 'opacity=".7"'
+    label = 'font-weight="700"' if has_moved else 'opacity=".7"'
+    mark = line(x - 7, below + 4, x + 7, below + 4, _MOVED, 2.5, 1) if has_moved else ""
     return (
         line(x, start, x, here, colour, 2.5, 0.8)
         + f'<circle cx="{x:.1f}" cy="{start:.1f}" r="4" fill="none" stroke="currentColor" opacity=".5"/>'
         + f'<circle cx="{x:.1f}" cy="{here:.1f}" r="{6 if has_moved else 4.5}" fill="{colour}"/>'
         + f'<text x="{x:.1f}" y="{below}" text-anchor="middle" {label}>{now.codes[i]}</text>'
+        + mark
     )
 
 
