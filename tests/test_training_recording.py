@@ -67,7 +67,8 @@ def test_a_panel_records_what_its_run_did(tiny, monkeypatch, tmp_path):
         run, (group, places) = panel.run(), panel._mine.session.walk
         found = Recording.load(panel.record(tmp_path / "run.json"))
     assert (found.name, found.format, found.num_steps, found.seconds) == (run.name, "q4_0", 4, run.seconds)
-    assert (found.lines, found.steps, found.evaluations) == (run.lines, run.steps, run.evaluations)
+    assert (found.lines, found.evaluations) == (run.lines, run.evaluations)
+    assert found.steps == tuple(replace(step, loss=round(step.loss, 9)) for step in run.steps)
     assert (found.best(), found.share_recovered()) == (run.best, run.share_recovered)
     assert (found.group, [place.codes for place in found.places]) == (group, [place.codes for place in places])
     assert found.loss == "Loss: KL divergence and distance of hidden states"

@@ -56,12 +56,9 @@ class TrainingReplay(widgets.VBox):
 
     def _title(self) -> str:
         run = self.recording
-        words = (
-            f"{len(run.steps):,} of {run.num_steps:,} steps"
-            if len(run.steps) < run.num_steps
-            else f"{run.num_steps:,} steps"
-        )
-        return f'<div class="gqk-text"><b>{escape(run.name)}</b>, trained for {escape(run.format)}: {words}.</div>'
+        made = f"{len(run.steps):,} of " if len(run.steps) < run.num_steps else ""
+        words = f"trained for {run.format}: {made}{run.num_steps:,} steps."
+        return f'<div class="gqk-text"><b>{escape(run.name)}</b>, {escape(words)}</div>'
 
     def _status(self) -> str:
         run = self.recording
