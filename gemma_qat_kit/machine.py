@@ -10,7 +10,10 @@ import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
+
+from gemma_qat_kit.units import readable_bytes
 
 CGROUP = Path("/sys/fs/cgroup")
 PROCESS_CGROUP = Path("/proc/self/cgroup")
@@ -155,6 +158,14 @@ def _read_number(path: Path) -> int | None:
 def _read_statistics(path: Path) -> dict[str, int]:
     pairs = (line.split() for line in _read_lines(path))
     return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdecimal()}
+
+
+def where_and_when() -> str:
+    """Say what this machine is, and the date: the mark of a recording."""
+    memory = read_memory()[0]
+    parts = [*dict.fromkeys(gpu.name for gpu in read_gpus()), f"{read_cpu_count()} CPU cores"]
+    parts += [f"{readable_bytes(memory)} of memory"] if memory else []
+    return f"{', '.join(parts)}, {date.today().isoformat()}"
 
 
 def read_gpus() -> tuple[Gpu, ...]:

@@ -6,9 +6,8 @@ from contextlib import contextmanager
 import gemma_qat_kit as gqk
 from gemma_qat_kit.errors import CancelledError
 from gemma_qat_kit.progress import Progress
-from gemma_qat_kit.qat.evaluation import Evaluation, Lines
 from gemma_qat_kit.qat.fake_quantizer import masters
-from gemma_qat_kit.qat.run import QatRun, Step
+from gemma_qat_kit.qat.run import Evaluation, Lines, QatRun, Step
 from gemma_qat_kit.qat.settings import TrainSettings
 from gemma_qat_kit.widgets import training_panel, training_session
 

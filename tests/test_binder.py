@@ -91,8 +91,8 @@ def _version():
     return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 
 
-@pytest.mark.parametrize(("notebook", "until"), [("00_start_here", "ChatPanel"), ("02_memory", "MemoryPanel")])
-def test_the_first_page_its_chat_and_the_planner_load_no_torch(notebook, until):
+@pytest.mark.parametrize(("notebook", "until"), [("00_start_here", "CompareChat"), ("02_memory", "MemoryPanel")])
+def test_the_first_page_its_recordings_and_the_planner_load_no_torch(notebook, until):
     """Torch takes 200 MB of the 450 that Binder guarantees (bench/binder_memory.py)."""
     command = [sys.executable, "-c", RUN_CELLS, str(ROOT / "notebooks" / f"{notebook}.ipynb"), until]
     answer = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout

@@ -15,8 +15,7 @@ from gemma_qat_kit.classroom import tries
 from gemma_qat_kit.classroom.exercises import EXERCISES, find_problem
 from gemma_qat_kit.errors import BadSettingError, UnknownNameError
 from gemma_qat_kit.formats.grids import GRIDS, learned_fake_quantize
-from gemma_qat_kit.qat.evaluation import Evaluation, Lines
-from gemma_qat_kit.qat.run import QatRun, Step
+from gemma_qat_kit.qat.run import Evaluation, Lines, QatRun, Step
 from gemma_qat_kit.qat.settings import TrainSettings
 
 ROOT = Path(__file__).parent.parent

@@ -1,6 +1,8 @@
 """One question to several models: what agrees is counted against difflib's own ratio, and a file replays it."""
 
 import json
+import math
+import re
 from difflib import SequenceMatcher
 
 import pytest
@@ -55,11 +57,17 @@ def test_a_file_brings_it_back_and_a_damaged_one_is_refused(tmp_path):
     found = gqk.compare_answers(_models(), "Hm?")
     path = found.save(tmp_path / "c.json")
     assert gqk.Comparison.load(path) == found
+    assert re.search(r"\d+ CPU cores.*, \d{4}-\d\d-\d\d$", found.made)
     kept = json.loads(path.read_text())
-    for change in ({"panes": []}, {"panes": [{}]}, {"prompt": 3}, {"panes": [kept["panes"][0] | {"times": [1]}]}):
+    changed = [{"panes": [kept["panes"][0] | change]} for change in (
+        {"times": [1]}, {"times": [1, 2, 3, math.inf]}, {"times": [1, 2, 3, math.nan]}, {"times": [-1, 2, 3, 4]},
+        {"memory_bytes": math.inf})]  # fmt: skip
+    for change in ({"panes": []}, {"panes": [{}]}, {"prompt": 3}, {"made": 3}, *changed):
         path.write_text(json.dumps(kept | change))
         with pytest.raises(BadSettingError, match="no comparison that can be read"):
             gqk.Comparison.load(path)
+    path.write_text(json.dumps({name: value for name, value in kept.items() if name != "made"}))
+    assert gqk.Comparison.load(path).made == "", "as it was written before"
 
 
 def test_a_moment_of_a_replay_has_what_had_come_by_then():
@@ -77,6 +85,7 @@ def test_the_panel_marks_what_differs_and_replays_without_models(tmp_path):
     assert "a (reference)" in panel._picture.value
     assert "75 % of its tokens" in panel._picture.value
     again = CompareChat(recording=panel.comparison.save(tmp_path / "c.json"))
+    assert f"A recording: press Replay. Made on {panel.comparison.made}." in again._status.value
     again.ask("Another?")
     again.replay(1e9)
     wait_for(lambda: "replayed" in again._status.value)

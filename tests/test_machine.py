@@ -1,6 +1,7 @@
 """What is read of a machine: places by variables, control groups as folders of files, nvidia-smi by its answers."""
 
 import subprocess
+from datetime import date
 from types import SimpleNamespace
 
 import pytest
@@ -238,3 +239,13 @@ def test_llama_cpp_says_itself_whether_it_has_a_gpu(monkeypatch, tmp_path):
         (tmp_path / "xllamacpp.py").write_text(code)
         monkeypatch.setenv("PYTHONPATH", str(tmp_path))
         assert machine.read_llama_cpp_devices() == found
+
+
+def test_a_recording_is_marked_with_the_machine_and_the_date(monkeypatch):
+    monkeypatch.setattr(machine, "read_cpu_count", lambda: 2)
+    monkeypatch.setattr(machine, "read_memory", lambda: (None, None))
+    monkeypatch.setattr(machine, "read_gpus", tuple)
+    assert machine.where_and_when() == f"2 CPU cores, {date.today().isoformat()}"
+    monkeypatch.setattr(machine, "read_memory", lambda: (12 * GIB, GIB))
+    monkeypatch.setattr(machine, "read_gpus", lambda: (machine.Gpu("Tesla T4", 0, 0, (7, 5)),) * 2)
+    assert machine.where_and_when().startswith("Tesla T4, 2 CPU cores, 12.0 GiB of memory, ")

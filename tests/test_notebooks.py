@@ -141,6 +141,8 @@ def _check_start_here(notebook, states):
     assert len(_printed(notebook, "for text in model.stream").split()) > 10
     assert "smollm2-135m q4_1 is loaded" in shown
     assert "Talking to smollm2-135m q4_1" in shown
+    assert "A recording: nothing is computed here." in shown
+    assert "A recording: press Replay." in shown
 
 
 def _check_quantize(notebook, states):
@@ -207,6 +209,7 @@ def _check_qat(notebook, states):
     assert "The model is at its best point, after step" in shown
     assert "of 32 codes changed" in shown
     assert "distance of hidden states" in shown
+    assert "A recording: nothing is computed here." in shown
     rows = {row[0]: row[1:] for row in _table(notebook, "run = panel.run()")}
     plain, start = (float(rows[name][1]) for name in ("plain rule", next(name for name in rows if "prepared" in name)))
     kept = float(next(row[1] for name, row in rows.items() if "kept" in name))

@@ -4,8 +4,7 @@ import math
 
 import pytest
 
-from gemma_qat_kit.qat.evaluation import Evaluation, Lines
-from gemma_qat_kit.qat.run import QatRun, Step
+from gemma_qat_kit.qat.run import Evaluation, Lines, QatRun, Step
 from gemma_qat_kit.qat.settings import TrainSettings
 
 EVALUATIONS = (Evaluation(0, 2.4, 0.3), Evaluation(2, 2.1, 0.1), Evaluation(4, 2.2, 0.15))

@@ -10,10 +10,9 @@ from small_training import SETTINGS, WORDS, ready, surprise, train, values, weig
 from gemma_qat_kit.errors import BadOutputError, BadSettingError, CancelledError
 from gemma_qat_kit.formats.quantized import quantize
 from gemma_qat_kit.qat.batches import read_windows
-from gemma_qat_kit.qat.evaluation import Evaluation, Lines
 from gemma_qat_kit.qat.fake_quantizer import FLOAT, computing, masters
 from gemma_qat_kit.qat.prepare import count_trained
-from gemma_qat_kit.qat.run import Step
+from gemma_qat_kit.qat.run import Evaluation, Lines, Step
 from gemma_qat_kit.quality.post_training import linears, scorer_of_module
 
 HARMFUL = {"learning_rate": 1.0, "scale_learning_rate": 1.0, "warmup": 0.0}

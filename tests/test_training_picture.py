@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from gemma_qat_kit.formats.grids import GRIDS, learned_fake_quantize
-from gemma_qat_kit.qat.evaluation import Evaluation, Lines
 from gemma_qat_kit.qat.fake_quantizer import FakeQuantizer, attach
-from gemma_qat_kit.qat.run import Step
+from gemma_qat_kit.qat.run import Evaluation, Lines, Step
 from gemma_qat_kit.qat.settings import TrainSettings
 from gemma_qat_kit.widgets.training_figures import figures_html, readable_duration
 from gemma_qat_kit.widgets.training_picture import (
@@ -23,8 +22,9 @@ from gemma_qat_kit.widgets.training_picture import (
     charts_html,
     readable_perplexity,
 )
-from gemma_qat_kit.widgets.training_replay import Group, Place, find_groups, liveliest, replay_html, take_places
+from gemma_qat_kit.widgets.training_places import find_groups, take_places
 from gemma_qat_kit.widgets.training_session import Choice, TrainingSession
+from gemma_qat_kit.widgets.training_walk import Group, Place, liveliest, walk_html
 
 LINES = Lines(2.6, Evaluation(0, 2.8, 0.3))
 
@@ -104,6 +104,11 @@ def test_the_best_point_is_the_one_that_train_qat_keeps():
         assert session.best is best
 
 
+def group(name, grid, row=0, column=0):
+    """A group of weights on a grid."""
+    return Group(name, grid.low, grid.high, grid.is_half, row, column)
+
+
 def network(grid, weight, scale):
     """A prepared network of one layer."""
     module = torch.nn.Module()
@@ -118,7 +123,7 @@ def network(grid, weight, scale):
 def test_a_place_holds_the_codes_that_the_model_computes_with(name, row, column):
     grid, weight = GRIDS[name], torch.randn(2, 64) * 0.05
     scale = 0.01 + 0.01 * torch.rand(2, 64 // (grid.group_size or 64))
-    groups = [Group("layer.weight", grid), Group("layer.weight", grid, row, column)]
+    groups = [group("layer.weight", grid), group("layer.weight", grid, row, column)]
     _, place = take_places(network(grid, weight, scale), groups, 3)
     snapped = learned_fake_quantize(weight, scale, grid)[row, column : column + 32]
     assert torch.equal(torch.tensor(place.codes) * torch.tensor(place.scale), snapped)
@@ -134,9 +139,9 @@ def test_groups_that_are_watched_have_most_weights_near_a_border(name):
     scale = torch.ones(4, 96 // (grid.group_size or 96))
     weight[3], scale[3] = 4.8, 10  # near, but moving slowly
     found = find_groups(network(grid, weight, scale))
-    assert found[:2] == [Group("layer.weight", grid, 2, 32), Group("layer.weight", grid, 0, 0)]
+    assert found[:2] == [group("layer.weight", grid, 2, 32), group("layer.weight", grid, 0, 0)]
     assert len(set(found)) == 4 * 3
-    assert find_groups(network(grid, weight, torch.zeros_like(scale)))[0].grid == grid
+    assert find_groups(network(grid, weight, torch.zeros_like(scale)))[0].low == grid.low
 
 
 def test_the_group_that_is_shown_is_the_one_in_which_most_codes_changed():
@@ -158,15 +163,15 @@ def places(grid, moves, scale=0.01):
 
 def test_weights_that_changed_their_code_stand_out():
     grid = GRIDS["q4_0"]
-    group, walk = Group("<name>.weight", grid), places(grid, (0.0, 0.3, 0.6))
-    first, near, far = (replay_html(group, walk, index) for index in range(3))
+    watched, walk = group("<name>.weight", grid), places(grid, (0.0, 0.3, 0.6))
+    first, near, far = (walk_html(watched, walk, index) for index in range(3))
     assert "0 of 32 codes changed" in first
     assert "0 of 32 codes changed" in near
     assert "32 of 32 codes changed" in far
     assert near.count('font-weight="700"') == 0
     assert far.count('font-weight="700"') == 32
     assert "<name>" not in first
-    assert "nothing is trained yet" in replay_html(None, (), -1)
+    assert "nothing is trained yet" in walk_html(None, (), -1)
 
 
 @pytest.mark.parametrize("name", GRIDS)
@@ -174,7 +179,7 @@ def test_weights_that_changed_their_code_stand_out():
 def test_every_grid_has_levels_with_room_for_their_codes(name, scale):
     grid = GRIDS[name]
     walk = places(grid, (0.0, 40.0 if grid.bits == 8 else 0.4), scale)
-    html = replay_html(Group("w", grid), walk, 1)
+    html = walk_html(group("w", grid), walk, 1)
     labels = re.findall(r'y="([\d.]+)" text-anchor="end">(-?\d+)<', html)
     assert len(labels) >= 3
     heights = [float(y) for y, _ in labels]
@@ -185,4 +190,4 @@ def test_every_grid_has_levels_with_room_for_their_codes(name, scale):
 def test_a_group_of_zeros_is_drawn_too():
     grid = GRIDS["q4_0"]
     zeros = Place(0, (0.0,) * 32, 0.0, (0,) * 32)
-    assert "nan" not in replay_html(Group("w", grid), [zeros], 0)
+    assert "nan" not in walk_html(group("w", grid), [zeros], 0)

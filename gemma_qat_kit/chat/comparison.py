@@ -10,9 +10,11 @@ from pathlib import Path
 from gemma_qat_kit.chat.conversation_file import read_json, write_text
 from gemma_qat_kit.chat.models import held_bytes, named_models
 from gemma_qat_kit.errors import BadSettingError, KitError
+from gemma_qat_kit.machine import where_and_when
 from gemma_qat_kit.messages import Message
 
 MOST_MODELS = 4
+_MOST_SECONDS = 1_000_000  # that an answer takes: a replay waits as long
 _KIND, _VERSION = "gemma_qat_kit comparison", 1
 
 
@@ -80,12 +82,14 @@ class Comparison:
         system: Instructions before it.
         settings: Those of `Model.stream`.
         panes: The answers.
+        made: On which machine, and when.
     """
 
     prompt: str
     system: str = ""
     settings: dict = field(default_factory=dict)
     panes: tuple[Pane, ...] = ()
+    made: str = ""
 
     def agreement(self, index: int) -> Agreement:
         """Return how far an answer goes with the first one; while that still comes, with what there is of it."""
@@ -122,16 +126,17 @@ class Comparison:
         kept = read_json(Path(path), _KIND, _VERSION)
         try:
             panes = tuple(_pane(pane) for pane in kept["panes"])
-            texts = [kept["prompt"], kept["system"]]
+            texts = [kept["prompt"], kept["system"], kept.get("made", "")]
             if not (all(isinstance(text, str) for text in texts) and isinstance(kept["settings"], dict) and panes):
                 raise TypeError("texts, settings or panes are of another type")
-        except (KeyError, TypeError, ValueError) as err:
+        except (KeyError, TypeError, ValueError, OverflowError) as err:
             raise BadSettingError(
                 f"{path} is no comparison that can be read: {err}.",
                 "Comparison.save writes such files.",
                 "Record it again.",
             ) from err
-        return Comparison(*texts, kept["settings"], panes[:MOST_MODELS])
+        prompt, system, made = texts
+        return Comparison(prompt, system, kept["settings"], panes[:MOST_MODELS], made)
 
 
 def _pane(kept: dict) -> Pane:
@@ -140,6 +145,8 @@ def _pane(kept: dict) -> Pane:
     pane = replace(pane, pieces=tuple(map(str, pane.pieces)), times=tuple(map(float, pane.times)))
     if len(pane.pieces) != len(pane.times) or not all(isinstance(t, str) for t in (pane.name, pane.format, pane.ended)):
         raise ValueError("a pane has not as many times as pieces")
+    if not all(0 <= moment < _MOST_SECONDS for moment in pane.times):
+        raise ValueError(f"a time is not from 0 to {_MOST_SECONDS:,} seconds")
     memory = None if pane.memory_bytes is None else int(pane.memory_bytes)
     return replace(pane, tokens_per_second=float(pane.tokens_per_second), memory_bytes=memory)
 
@@ -184,7 +191,8 @@ def compare_answers(
     """
     named = check_number_of_models(named_models(models))
     settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    found = Comparison(prompt, system, settings, tuple(Pane(name, model.format) for name, model in named.items()))
+    panes = tuple(Pane(name, model.format) for name, model in named.items())
+    found = Comparison(prompt, system, settings, panes, where_and_when())
     messages = [{"role": "system", "content": system}] if system.strip() else []
     messages.append({"role": "user", "content": prompt})
     for index, model in enumerate(named.values()):

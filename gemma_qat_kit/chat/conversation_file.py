@@ -51,7 +51,7 @@ def write_text(path: Path, text: str) -> Path:
     return path
 
 
-def read_json(path: Path, kind: str, version: int) -> dict:
+def read_json(path: Path, kind: str, version: int, most_bytes: int = MOST_BYTES) -> dict:
     """Return what a file holds that says what it is.
 
     Raises:
@@ -59,8 +59,8 @@ def read_json(path: Path, kind: str, version: int) -> dict:
     """
     path, noun = path.expanduser(), kind.split()[-1]
     try:
-        if path.stat().st_size > MOST_BYTES:
-            raise _broken(path, f"it is larger than {MOST_BYTES >> 20} MiB", noun)
+        if path.stat().st_size > most_bytes:
+            raise _broken(path, f"it is larger than {most_bytes >> 20} MiB", noun)
         kept = json.loads(path.read_text(encoding="utf-8", errors="surrogatepass"))
     except OSError as err:
         raise BadSettingError(

@@ -1,51 +1,14 @@
 """How good the model is on text that it is not trained on: its surprise, and its distance from itself as a float."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 
 from gemma_qat_kit.qat.fake_quantizer import FLOAT, PLAIN, computing
 from gemma_qat_kit.qat.losses import cross_entropy, distillation_from_top
+from gemma_qat_kit.qat.run import Evaluation, Lines
 from gemma_qat_kit.quality.scoring import evaluating
 
 _TOP = 256  # likeliest words of the model before quantization, kept of each held-out token
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """One look at the held-out text.
-
-    Attributes:
-        step: Updates made before it.
-        nats: Mean surprise per token.
-        kl_divergence: From the model before quantization, in nats per token, over its 256 likeliest words.
-    """
-
-    step: int
-    nats: float
-    kl_divergence: float
-
-
-@dataclass(frozen=True)
-class Lines:
-    """What training moves between: the model before quantization, and after it without any training.
-
-    Attributes:
-        float_nats: Mean surprise of the model before quantization.
-        plain: The same weights rounded by the plain rule of the format.
-    """
-
-    float_nats: float
-    plain: Evaluation
-
-    def share_recovered(self, nats: float) -> float | None:
-        """Return which share of the lost log-perplexity is won back: 0 as the plain rule, 1 as before.
-
-        None where the plain rule lost nothing on this text: there is nothing to win back.
-        """
-        lost = self.plain.nats - self.float_nats
-        return (self.plain.nats - nats) / lost if lost > 0 else None
 
 
 class Evaluator:

@@ -2,10 +2,10 @@
 
 import html
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from gemma_qat_kit.catalog import PANEL_STYLE
-from gemma_qat_kit.qat.evaluation import Evaluation, Lines
 from gemma_qat_kit.qat.settings import TrainSettings
 
 
@@ -22,6 +22,53 @@ class Step:
     step: int
     loss: float
     seconds: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One look at the held-out text.
+
+    Attributes:
+        step: Updates made before it.
+        nats: Mean surprise per token.
+        kl_divergence: From the model before quantization, in nats per token, over its 256 likeliest words.
+    """
+
+    step: int
+    nats: float
+    kl_divergence: float
+
+
+@dataclass(frozen=True)
+class Lines:
+    """What training moves between: the model before quantization, and after it without any training.
+
+    Attributes:
+        float_nats: Mean surprise of the model before quantization.
+        plain: The same weights rounded by the plain rule of the format.
+    """
+
+    float_nats: float
+    plain: Evaluation
+
+    def share_recovered(self, nats: float) -> float | None:
+        """Return which share of the lost log-perplexity is won back: 0 as the plain rule, 1 as before.
+
+        None where the plain rule lost nothing on this text: there is nothing to win back.
+        """
+        lost = self.plain.nats - self.float_nats
+        return (self.plain.nats - nats) / lost if lost > 0 else None
+
+
+def best_of(evaluations: Iterable[Evaluation], *, is_text: bool) -> Evaluation | None:
+    """Return the evaluation whose model is kept; None where there is none.
+
+    Args:
+        evaluations: Those so far.
+        is_text: Whether the text itself is learnt: the least surprised one is kept then, else the one nearest to the
+            model before quantization.
+    """
+    return min(evaluations, key=lambda each: each.nats if is_text else each.kl_divergence, default=None)
 
 
 @dataclass(frozen=True)

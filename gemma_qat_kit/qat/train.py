@@ -16,10 +16,10 @@ from gemma_qat_kit.memory.settings import MemorySettings
 from gemma_qat_kit.model import Model
 from gemma_qat_kit.progress import Progress, Report
 from gemma_qat_kit.qat.batches import Windows, read_windows
-from gemma_qat_kit.qat.evaluation import Evaluation, Evaluator, Lines
+from gemma_qat_kit.qat.evaluation import Evaluator
 from gemma_qat_kit.qat.fake_quantizer import masters
 from gemma_qat_kit.qat.loop import make_optimizer
-from gemma_qat_kit.qat.run import QatRun, Step
+from gemma_qat_kit.qat.run import Evaluation, Lines, QatRun, Step
 from gemma_qat_kit.qat.settings import TrainSettings
 from gemma_qat_kit.qat.state import fingerprint, restore, snapshot, trained
 from gemma_qat_kit.qat.teachers import find_teacher

@@ -16,6 +16,7 @@ _MODULES = {
     "Picker": "picker",
     "QuantizePanel": "quantize_panel",
     "TrainingPanel": "training_panel",
+    "TrainingReplay": "training_replay",
 }
 __all__ = [*_MODULES]
 

@@ -12,6 +12,7 @@ from gemma_qat_kit.chat.models import named_models
 from gemma_qat_kit.widgets import pump
 from gemma_qat_kit.widgets.compare_picture import comparison_html
 from gemma_qat_kit.widgets.look import STYLE, error_html, status_html
+from gemma_qat_kit.widgets.shipped import find_recording
 
 
 class CompareChat(widgets.VBox):
@@ -21,7 +22,8 @@ class CompareChat(widgets.VBox):
 
     Args:
         models: Two to four models of `load`, or a dict of them by name; the first is the reference. None only replays.
-        recording: A `Comparison`, or the path of one that `save` wrote, to begin with.
+        recording: To begin with: a `Comparison`, the path of one that `save` wrote, or the name of one that came with
+            the kit, "smollm2-135m".
         max_new_tokens: Longest answer, in tokens.
         temperature: 0 always takes the likeliest token, so that a difference is the model's.
         seed: Of the sampling where the temperature is not 0.
@@ -31,6 +33,7 @@ class CompareChat(widgets.VBox):
 
     Raises:
         BadSettingError: Another number of models, neither models nor a recording, or a file that cannot be read.
+        UnknownNameError: No recording of that name came with the kit.
     """
 
     def __init__(
@@ -45,7 +48,7 @@ class CompareChat(widgets.VBox):
         self._models = check_number_of_models(named_models(models)) if models is not None or recording is None else {}
         self._settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
         is_kept = recording is None or isinstance(recording, Comparison)
-        self._recorded = recording if is_kept else Comparison.load(recording)
+        self._recorded = recording if is_kept else Comparison.load(find_recording(recording, "comparison.json"))
         panes = tuple(Pane(name, model.format) for name, model in self._models.items())
         self.comparison = self._recorded or Comparison("", settings=self._settings, panes=panes)
         self._lock, self._stopped = threading.Lock(), threading.Event()
@@ -100,7 +103,9 @@ class CompareChat(widgets.VBox):
     def _play(self, speed: float) -> None:
         """Show what had come at each moment, one model after the other, as they answered."""
         whole, begun = self._recorded, 0.0
-        self._words = "A recording, replayed" + (" as it was." if speed == 1 else ", faster than it was.")
+        self._words = (
+            f"A recording, replayed {'as it was' if speed == 1 else 'faster than it was'}.{self._where_made()}"
+        )
         started = time.perf_counter()
         ends = [pane.times[-1] if pane.times else 0.0 for pane in whole.panes]
         while (now := (time.perf_counter() - started) * speed) < sum(ends) and not self._stopped.is_set():
@@ -156,5 +161,8 @@ class CompareChat(widgets.VBox):
 
     def _first_words(self) -> str:
         if self._recorded is not None:
-            return "A recording: press Replay."
+            return f"A recording: press Replay.{self._where_made()}"
         return f"{len(self._models)} models are ready; the first is the reference."
+
+    def _where_made(self) -> str:
+        return f" Made on {self._recorded.made}." if self._recorded.made else ""

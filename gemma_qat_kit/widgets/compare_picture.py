@@ -7,7 +7,7 @@ from gemma_qat_kit.widgets.chat_figures import counted
 from gemma_qat_kit.widgets.look import escape
 
 COMPARE_STYLE = """<style>
-.gqk-panes { display: grid; grid-template-columns: repeat(auto-fit, minmax(230px, 1fr)); gap: 10px; }
+.gqk-panes { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); gap: 10px; }
 .gqk-pane { display: flex; flex-direction: column; border: 1px solid var(--jp-border-color2, rgba(127, 127, 127, .4)); border-top: 5px solid; border-radius: 4px; padding: 8px 10px; }
 .gqk-pane h4 { margin: 0 0 4px; font-size: 1em; }
 .gqk-pane-answer { flex: 1; min-height: 120px; max-height: 300px; overflow-y: auto; white-space: pre-wrap; }

@@ -6,7 +6,7 @@
 import math
 
 from gemma_qat_kit.quality.format_table import METHOD_COLOURS
-from gemma_qat_kit.widgets.look import escape
+from gemma_qat_kit.widgets.look import escape, line
 
 WIDTH, TOP, PLOT, LEFT, RIGHT = 720, 10, 240, 56, 34
 _HEIGHT = TOP + PLOT + 30
@@ -91,12 +91,6 @@ def _weight(group, i: int, y) -> str:
         + f'<circle cx="{x:.1f}" cy="{value:.1f}" r="4" fill="none" stroke="currentColor" stroke-width="1.5"/>'
         + f'<text x="{x:.1f}" y="{below}" text-anchor="middle">{group.codes[i]}</text>'
     )
-
-
-def line(x1: float, y1: float, x2: float, y2: float, colour: str, width: float, opacity: float) -> str:
-    """Draw a line of an SVG."""
-    ends = f'x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"'
-    return f'<line {ends} stroke="{colour}" stroke-width="{width}" opacity="{opacity}"/>'
 
 
 def _text(x: float, y: float, text: object, anchor: str) -> str:

@@ -73,6 +73,12 @@ def error_html(error: BaseException) -> str:
     return f'<div class="gqk-text gqk-error" role="alert">{lines}</div>'
 
 
+def line(x1: float, y1: float, x2: float, y2: float, colour: str, width: float, opacity: float) -> str:
+    """Draw a line of an SVG."""
+    ends = f'x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"'
+    return f'<line {ends} stroke="{colour}" stroke-width="{width}" opacity="{opacity}"/>'
+
+
 def amount_done(progress: Progress | None) -> str:
     """Say how much of a long job is done, in its own unit: "512 MiB of 1.00 GiB", "64 of 256 tokens"."""
     if progress is None or not progress.done_bytes:

@@ -1,13 +1,17 @@
-"""What TrainingPanel shows of a run at a glance: four figures above two charts."""
+"""What is shown of a training run at a glance: four figures above two charts.
+
+Nothing here needs torch: a recording is drawn where there is none.
+"""
 
 from collections.abc import Sequence
 
 from gemma_qat_kit.catalog import FORMAT_COLOURS
 from gemma_qat_kit.errors import KitError
+from gemma_qat_kit.qat.run import Evaluation
 from gemma_qat_kit.units import readable_bytes
 from gemma_qat_kit.widgets.look import escape
 from gemma_qat_kit.widgets.training_picture import TEXT_LOSS, charts_html, readable_perplexity
-from gemma_qat_kit.widgets.training_session import Choice, TrainingSession
+from gemma_qat_kit.widgets.training_recording import Recording
 
 TRAINING_STYLE = """<style>
 .gqk-train-facts { display: grid; grid-template-columns: 1.1fr 1fr 1.3fr 1fr; gap: 4px 16px; min-height: 64px; }
@@ -30,12 +34,12 @@ TRAINING_STYLE = """<style>
 </style>"""
 
 
-def figures_html(session: TrainingSession | None, choice: Choice) -> str:
+def figures_html(session, choice) -> str:
     """Draw figures and charts of a run, or their empty places before there is one.
 
     Args:
-        session: The run, under way or over.
-        choice: What would be trained, where there is no run.
+        session: The `TrainingSession`, under way or over; None before there is one.
+        choice: The `Choice` of what would be trained, where there is no run.
     """
     choice = session.choice if session else choice
     steps, evaluations = (tuple(session.steps), tuple(session.evaluations)) if session else ((), ())
@@ -45,13 +49,33 @@ def figures_html(session: TrainingSession | None, choice: Choice) -> str:
         evaluations,
         session and session.best,
         choice.settings.num_steps,
-        _loss(choice),
-        FORMAT_COLOURS["mobile" if choice.format.startswith("mobile") else "q4_0"],
+        loss_words(choice),
+        _colour(choice.format),
     )
     return _facts_html(_facts(session)) + charts
 
 
-def _loss(choice: Choice) -> str:
+def recording_html(recording: Recording, step: int) -> str:
+    """Draw figures and charts of a recorded run as they were after a step, on the axes of the whole run."""
+    best, share, seconds = recording.best(step), recording.share_recovered(step), recording.seconds
+    facts = [
+        *_results(share, best),
+        (readable_bytes(recording.memory_bytes) if recording.memory_bytes else "–", "of memory at most, measured"),
+        (
+            readable_duration(seconds),
+            f"for {recording.steps[-1].step:,} steps and {len(recording.evaluations)} measurements",
+        ),
+    ]
+    charts = charts_html(recording.steps, recording.lines, recording.evaluations, best, recording.num_steps,
+                         recording.loss, _colour(recording.format), until=step)  # fmt: skip
+    return _facts_html(facts) + charts
+
+
+def _colour(format: str) -> str:
+    return FORMAT_COLOURS["mobile" if format.startswith("mobile") else "q4_0"]
+
+
+def loss_words(choice) -> str:
     """Say what the loss of each step is."""
     if choice.teacher == "text":
         return TEXT_LOSS
@@ -59,18 +83,22 @@ def _loss(choice: Choice) -> str:
     return f"Loss: KL divergence{' and distance of hidden states' if has_hidden else ', nats per token'}"
 
 
-def _facts(session: TrainingSession | None) -> list[tuple[str, str]]:
+def _facts(session) -> list[tuple[str, str]]:
     share, best, left = (session.share_recovered, session.best, session.seconds_left) if session else (None,) * 3
+    time_left = ("–" if left is None else readable_duration(left), "left, without pauses")
+    return [*_results(share, best), _memory(session), time_left]
+
+
+def _results(share: float | None, best: Evaluation | None) -> list[tuple[str, str]]:
+    """Return what training won back, and the best point, in words."""
     return [
         ("–" if share is None else f"{share:.0%}", "of the lost log-perplexity recovered"),
         (readable_perplexity(best.nats) if best else "–",
          f"perplexity of the best point{f', after step {best.step}' if best else ''}"),
-        _memory(session),
-        ("–" if left is None else readable_duration(left), "left, without pauses"),
     ]  # fmt: skip
 
 
-def _memory(session: TrainingSession | None) -> tuple[str, str]:
+def _memory(session) -> tuple[str, str]:
     """Return the memory of this process now, and the most that it was, in words."""
     try:
         peak, now = session.use.peak, session.use.after

@@ -12,6 +12,7 @@ import ipywidgets as widgets
 from gemma_qat_kit.catalog import BUILT_IN_SIZE, SIZES
 from gemma_qat_kit.errors import CancelledError, KitError, unknown_name
 from gemma_qat_kit.model import Model
+from gemma_qat_kit.qat.batches import DEFAULT_TEXTS
 from gemma_qat_kit.qat.run import QatRun
 from gemma_qat_kit.qat.schedule import QAT_FORMATS
 from gemma_qat_kit.qat.settings import TrainSettings
@@ -20,8 +21,8 @@ from gemma_qat_kit.quality.post_training import module_of
 from gemma_qat_kit.widgets import pump
 from gemma_qat_kit.widgets.look import STYLE, amount_done, error_html, escape, status_html
 from gemma_qat_kit.widgets.training_figures import TRAINING_STYLE, figures_html
-from gemma_qat_kit.widgets.training_replay import replay_html
 from gemma_qat_kit.widgets.training_session import Choice, TrainingSession, check_can_train, prepared_format
+from gemma_qat_kit.widgets.training_walk import walk_html
 
 _FORMATS = (*(name for name in QAT_FORMATS if "_g32" in name or name == "q4_0"),
             *(name for name in QAT_FORMATS if "mobile" in name))  # fmt: skip
@@ -120,6 +121,16 @@ class TrainingPanel(widgets.VBox):
         if error is not None:
             raise error
         return self.result
+
+    def record(self, path: str | Path) -> Path:
+        """Save what the last run did, for `TrainingReplay` on a machine without the model, and return the file's path.
+
+        Raises:
+            BadSettingError: There is no run that has ended, or the file cannot be written.
+        """
+        asked = DEFAULT_TEXTS if self._text is None else self._text if isinstance(self._text, tuple) else (self._text,)
+        session = self._mine.session or TrainingSession(self._choice())
+        return session.recording(", ".join(texts.read(each).name for each in asked)).save(path)
 
     def pause(self) -> None:
         """Wait after the step under way; go on where it waits already."""
@@ -266,7 +277,7 @@ class TrainingPanel(widgets.VBox):
         drawn = (id(session), len(places), index)
         if drawn != self._drawn:
             self._drawn = drawn
-            self._replay.value = replay_html(group, places, index)
+            self._replay.value = walk_html(group, places, index)
 
 
 def _known(name: str, names: tuple[str, ...], kind: str) -> str:

@@ -1,12 +1,11 @@
-"""What TrainingPanel draws of a run: the loss, and held-out text between two lines, as inline SVG."""
+"""What is drawn of a training run: the loss, and held-out text between two lines, as inline SVG."""
 
 import math
 from collections.abc import Sequence
 
 from gemma_qat_kit.catalog import FORMAT_COLOURS
 from gemma_qat_kit.finetune.run import TuneEvaluation
-from gemma_qat_kit.qat.evaluation import Evaluation, Lines
-from gemma_qat_kit.qat.run import Step
+from gemma_qat_kit.qat.run import Evaluation, Lines, Step
 from gemma_qat_kit.widgets.look import escape
 
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 360, 240, 46, 30, 40
@@ -24,6 +23,8 @@ def charts_html(
     num_steps: int,
     loss: str,
     colour: str = FORMAT_COLOURS["q4_0"],
+    *,
+    until: float = math.inf,
 ) -> str:
     """Draw the loss of each step, and beside it the held-out text; the axes are there before the first point is.
 
@@ -35,8 +36,10 @@ def charts_html(
         num_steps: Steps that are to be made.
         loss: What it is, `TEXT_LOSS` or another.
         colour: Of what is trained.
+        until: Points after this step are left out; the axes are those of all, so that nothing jumps while it grows.
     """
-    parts = _loss_svg(steps, num_steps, loss, colour), _held_out_svg(lines, evaluations, best, num_steps, colour)
+    parts = (_loss_svg(steps, num_steps, loss, colour, until),
+             _held_out_svg(lines, evaluations, best, num_steps, colour, until))  # fmt: skip
     return f'<div class="gqk-train-charts">{"".join(parts)}</div>'
 
 
@@ -48,21 +51,22 @@ def readable_perplexity(nats: float) -> str:
     return f"{value:,.0f}" if value < 1e5 else f"{value:.1e}".replace("e+0", "e").replace("e+", "e")
 
 
-def _loss_svg(steps: Sequence[Step], num_steps: int, title: str, colour: str) -> str:
+def _loss_svg(steps: Sequence[Step], num_steps: int, title: str, colour: str, until: float) -> str:
     points = _thinned([(step.step, step.loss) for step in steps])
     losses = [loss for _, loss in points]
     low = min(losses) * 0.9 if title == TEXT_LOSS and losses else 0.0  # a distance has a zero to reach
     axes = _Axes(num_steps, low, max(losses, default=1.0) * 1.05 or 1.0, WIDTH - _RIGHT)
     drawn = axes.drawn(_round_ticks(axes.low, axes.high))
     drawn += [f'<circle cx="{axes.x(step):.1f}" cy="{axes.y(loss):.1f}" r="2.5" fill="{colour}" opacity=".45"/>'
-              for step, loss in points]  # fmt: skip
-    if points:
-        drawn.append(_path([(axes.x(step), axes.y(loss)) for step, loss in _smoothed(points)], colour))
-    words = f"{title}: step {steps[-1].step}, {steps[-1].loss:.3g}" if steps else f"{title}: no step yet"
+              for step, loss in points if step <= until]  # fmt: skip
+    if line := [(axes.x(step), axes.y(loss)) for step, loss in _smoothed(points) if step <= until]:
+        drawn.append(_path(line, colour))
+    last = next((step for step in reversed(steps) if step.step <= until), None)
+    words = f"{title}: step {last.step}, {last.loss:.3g}" if last else f"{title}: no step yet"
     return _svg(title, words, drawn)
 
 
-def _held_out_svg(lines, evaluations, best, num_steps: int, colour: str) -> str:
+def _held_out_svg(lines, evaluations, best, num_steps: int, colour: str, until: float) -> str:
     title = "Perplexity of held-out text"
     if lines is None and not evaluations:
         axes = _Axes(num_steps, 0, 1, WIDTH - _RIGHT_OF_LABELS)
@@ -77,10 +81,11 @@ def _held_out_svg(lines, evaluations, best, num_steps: int, colour: str) -> str:
     for _, value, line_colour in known:
         drawn.append(f'<line x1="{LEFT}" x2="{axes.right}" y1="{axes.y(value):.1f}" y2="{axes.y(value):.1f}" '
                      f'stroke="{line_colour}" stroke-width="2" stroke-dasharray="6 4"/>')  # fmt: skip
-    points = [(axes.x(each.step), axes.y(each.nats)) for each in evaluations]
+    shown = [each for each in evaluations if each.step <= until]
+    points = [(axes.x(each.step), axes.y(each.nats)) for each in shown]
     if points:
         drawn.append(_path(points, colour))
-    for each, (x, y) in zip(evaluations, points, strict=True):
+    for each, (x, y) in zip(shown, points, strict=True):
         drawn.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{6 if each is best else 3.5}" fill="{colour}"/>')
     if best is not None:
         known.append(("best", best.nats, colour))

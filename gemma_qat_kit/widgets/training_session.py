@@ -6,17 +6,20 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from gemma_qat_kit.errors import BadSettingError
+from gemma_qat_kit.errors import BadSettingError, KitError
+from gemma_qat_kit.machine import where_and_when
 from gemma_qat_kit.model import Model
-from gemma_qat_kit.qat.evaluation import Evaluation, Lines
 from gemma_qat_kit.qat.fake_quantizer import masters, quantizers
 from gemma_qat_kit.qat.prepare import prepare_qat
-from gemma_qat_kit.qat.run import Step
+from gemma_qat_kit.qat.run import Evaluation, Lines, Step, best_of
 from gemma_qat_kit.qat.settings import TrainSettings
 from gemma_qat_kit.qat.train import train_qat
 from gemma_qat_kit.quality.post_training import module_of
 from gemma_qat_kit.widgets.session import Session
-from gemma_qat_kit.widgets.training_replay import Group, Place, find_groups, liveliest, take_places
+from gemma_qat_kit.widgets.training_figures import loss_words
+from gemma_qat_kit.widgets.training_places import find_groups, take_places
+from gemma_qat_kit.widgets.training_recording import Recording
+from gemma_qat_kit.widgets.training_walk import Group, Place, liveliest
 
 # What this kernel's panels prepared, and trained without keeping the weights from before; modules are held weakly.
 _formats: "weakref.WeakKeyDictionary[nn.Module, str]" = weakref.WeakKeyDictionary()
@@ -108,8 +111,7 @@ class TrainingSession(Session):
         """The evaluation whose model is kept, by the rule of `train_qat`."""
         if self.result is not None:
             return self.result.best
-        kept = "nats" if self.choice.teacher == "text" else "kl_divergence"
-        return min(tuple(self.evaluations), key=lambda each: getattr(each, kept), default=None)
+        return best_of(tuple(self.evaluations), is_text=self.choice.teacher == "text")
 
     @property
     def share_recovered(self) -> float | None:
@@ -125,6 +127,30 @@ class TrainingSession(Session):
             return None, []
         number = liveliest(places)
         return self.groups[number], [each[number] for each in places]
+
+    def recording(self, held_out: str) -> Recording:
+        """Return what the run did, to be shown where the model is not.
+
+        Args:
+            held_out: The text whose end was held out.
+
+        Raises:
+            BadSettingError: It has not ended, or made no step.
+        """
+        run, (group, places) = self.result, self.walk
+        if run is None or not run.steps or not places:
+            raise BadSettingError(
+                "There is no run to record.",
+                "One that has ended or was stopped, and made a step, can be recorded.",
+                "Press Start, wait until it has ended, and record it then.",
+            )
+        try:
+            peak = self.use.peak
+        except KitError:  # this machine does not say
+            peak = None
+        return Recording(run.name, self.choice.format, loss_words(self.choice), self.num_steps, run.lines, run.steps,
+                         run.evaluations, held_out, run.seconds, peak and (peak.gpu or peak.ram), group, tuple(places),
+                         where_and_when())  # fmt: skip
 
     @property
     def words(self) -> str:
