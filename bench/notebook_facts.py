@@ -21,11 +21,11 @@ ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "bench" / "notebook_facts.json"
 EVERY_SECONDS = 0.1
 RUN = """
-import sys, nbformat
+import re, sys, nbformat
 from nbclient import NotebookClient
 notebook = nbformat.read(sys.argv[1], as_version=4)
 for cell in notebook.cells:
-    cell.source = cell.source.replace('FOLDER = "', f'FOLDER = "{sys.argv[2]}/')
+    cell.source = re.sub('FOLDER = "(?=[a-z])', f'FOLDER = "{sys.argv[2]}/', cell.source)
 NotebookClient(notebook, timeout=900, kernel_name="python3").execute()
 """
 

@@ -108,7 +108,8 @@ def serve(
     Args:
         source: A size of the catalog ("E2B"), a .gguf file or a repo id, as in `load`.
         format: A format that runs in llama.cpp. None takes q4_0 of a size.
-        num_chats: Answers at once, 256 at most. Each has its own key/value cache, so they are what takes memory.
+        num_chats: Answers at once, 256 at most. Each has its own key/value cache, so they are what takes memory, and
+            32 MiB for conversations whose place another one took, so that they go on without being read again.
         context_length: Tokens of prompt and answer together, of each chat.
         kv_format: Of the key/value cache: "bf16" or "q8_0", which takes half of it.
         adapter: A .gguf file that `export_adapter` wrote.

@@ -49,9 +49,9 @@ def _pick(page, size, format):
 
 def test_every_cell_ran_and_the_first_answer_is_about_the_sky(page):
     assert page.locator(".jp-Notebook [data-mime-type='application/vnd.jupyter.stderr']").count() == 0
-    answer = page.locator(".jp-Cell:has-text('model.stream(QUESTION') .jp-OutputArea-output").last.inner_text()
+    answer = page.locator(".jp-Cell:has-text('model.stream(QUESTION') .jp-OutputArea-output").last.text_content()
     assert re.search(r"light|scatter|atmosphere", answer)
-    assert "smollm2-135m q4_1 is loaded" in page.locator(".gqk-picker-status").inner_text()
+    assert "smollm2-135m q4_1 is loaded" in page.locator(".gqk-picker-status").text_content()
 
 
 def test_the_picker_shows_what_another_choice_costs_and_its_call(page):
@@ -59,9 +59,8 @@ def test_the_picker_shows_what_another_choice_costs_and_its_call(page):
     call = page.locator(".gqk-call", has_text='gqk.load("E2B", "mobile")')
     call.wait_for()
     plan = plan_memory("E2B", "mobile")
-    facts = page.locator(".gqk-picker-facts").inner_text()
-    assert readable_bytes(plan.download_bytes) in facts
-    assert readable_bytes(plan.needed_bytes) in facts
+    for nbytes in (plan.download_bytes, plan.needed_bytes):
+        page.locator(".gqk-picker-facts", has_text=readable_bytes(nbytes)).wait_for()
     call.click()
     assert page.evaluate("document.getSelection().toString()").strip() == 'gqk.load("E2B", "mobile")'
 

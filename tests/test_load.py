@@ -138,6 +138,8 @@ def log_probs(model):
     body = {"prompt": IDS, "max_tokens": 1, "logprobs": 512, "temperature": 0, "cache_prompt": False}
     connection = model.runner._connect()
     answer = json.loads(model.runner._request(connection, "POST", "/v1/completions", json.dumps(body)).read())
+    if answer["choices"][0]["logprobs"] is None:  # the likeliest word ends the answer, and nothing is told of it
+        return model.runner.logits(IDS)[-1].log_softmax(-1)
     values = np.full(512, -np.inf)
     for word in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:
         values[word["id"]] = word["logprob"]

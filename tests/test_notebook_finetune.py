@@ -21,7 +21,7 @@ def test_the_facts_are_those_of_the_plans():
     settings = {"task": "finetune", "batch_size": 4, "sequence_length": 64, "lora_rank": SETTINGS["RANK"]}
     small = plan_memory("smollm2-135m", "float32", device="cpu", gradient_checkpointing=False, **settings)
     large = plan_memory("E2B", "q4_0", device="cuda", **settings)
-    assert f"{small.needed['ram'] / GIB:.1f} GiB (planned)" in CELLS["facts"]
+    assert f"planned: {small.needed['ram'] / GIB:.1f} GiB)" in CELLS["facts"]
     gpu, ram = large.needed["gpu"] / GIB, large.needed["ram"] / GIB
     assert f"{gpu:.1f} GiB on the GPU, {ram:.1f} GiB in RAM (planned)" in CELLS["facts"]
     assert readable_bytes(find_checkpoint("E2B", "q4_0").weights_bytes) in CELLS["facts"]

@@ -34,7 +34,7 @@ def test_the_facts_are_those_of_the_plans():
     small = plan_memory("smollm2-135m", "float32", device="cpu", **settings)
     large = plan_memory("E2B", "bf16", device="cuda", **settings)
     words = _words("facts")
-    assert f"{small.needed['ram'] / GIB:.1f} GiB (planned)" in words
+    assert f"planned: {small.needed['ram'] / GIB:.1f} GiB)" in words
     assert (
         f"{large.needed['gpu'] / GIB:.0f} GiB on the GPU, {large.needed['ram'] / GIB:.1f} GiB in RAM (planned)" in words
     )
