@@ -7,6 +7,7 @@ weights, at full size; without a folder it is written first. The first load re-b
 2 GB; then everything starts anew, as a visitor finds it, and a cell chats.
 """
 
+import argparse
 import json
 import os
 import queue
@@ -41,11 +42,14 @@ model.close()
 
 def main() -> None:
     """Print what the first load takes, then what a visitor's chat takes."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, nargs="?", help="of a mobile checkpoint; written there where it is none")
+    chosen = parser.parse_args().folder
     GROUP.mkdir()
     try:
         (GROUP / "memory.limit_in_bytes").write_text(str(LIMIT))
         with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(temporary) / "mobile"
+            folder = chosen or Path(temporary) / "mobile"
             if not folder.exists():
                 write_random_checkpoint(folder, "E2B", "mobile")
             os.environ |= {"GEMMA_QAT_KIT_HOME": f"{temporary}/kit", "JUPYTER_RUNTIME_DIR": f"{temporary}/runtime",

@@ -68,7 +68,7 @@ def test_the_picker_shows_what_another_choice_costs_and_its_call(page):
 def test_the_picker_says_why_a_format_does_not_exist(page):
     _pick(page, "26B-A4B", "w4a16 (not published)")
     page.locator(".gqk-call", has_text='gqk.load("26B-A4B", "q4_0")').wait_for()
-    assert page.locator(".gqk-picker-load").is_disabled()
+    page.locator(".gqk-picker-load:disabled").wait_for()
     page.locator(".gqk-picker-size select").select_option(label="smollm2-135m")
     page.locator(".gqk-call", has_text='gqk.load("smollm2-135m", "q4_1")').wait_for()
 
