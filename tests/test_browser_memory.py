@@ -133,9 +133,10 @@ def _step(page, panel, act):
 
 
 def test_the_picture_follows_the_slider(page, panel):
-    box = _handle(panel, "context").bounding_box()
+    handle = _handle(panel, "context")
+    handle.hover()  # once it stands still and gets what the mouse does
+    box = handle.bounding_box()
     x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-    page.mouse.move(x, y)
     page.mouse.down()
     delays = []
     for number in range(NUM_STEPS):

@@ -236,12 +236,12 @@ def test_a_recovered_grid_passes_through_every_weight(page):
     explorer = page.locator(".gqk-bits").nth(1)
     explorer.scroll_into_view_if_needed()
     explorer.locator(".gqk-bits-facts:has-text('dB')").wait_for()
-    before, off = _codes(explorer), explorer.locator(".gqk-bits-facts").inner_text()
+    before, off = _codes(explorer), explorer.locator(".gqk-bits-facts").text_content()
     explorer.locator(".gqk-bits-recover").check()
-    page.wait_for_selector(".gqk-bits-facts:has-text('its largest weight is at level')")
+    explorer.locator(".gqk-bits-facts:has-text('its largest weight is at level'):has-text('dB')").wait_for()
     assert _codes(explorer) != before
-    decibels = [float(re.search(r"\(SQNR\) ([\d.]+) dB", text)[1]) for text in
-                (off, explorer.locator(".gqk-bits-facts").inner_text())]  # fmt: skip
+    decibels = [float(re.search(r"\(SQNR\)\s*([\d.]+) dB", text)[1]) for text in
+                (off, explorer.locator(".gqk-bits-facts").text_content())]  # fmt: skip
     assert decibels[1] > decibels[0] + 20
 
 
