@@ -47,6 +47,10 @@ def test_unknown_format_is_named(tiny, target):
     refused(tiny("12B", "bf16"), target, UnknownNameError, "Did you mean 'q4_0'", "q4_k")
 
 
+def test_unknown_device_is_named(tiny, target):
+    refused(tiny("E2B", "mobile"), target, UnknownNameError, r"Unknown device 'tpu'\. Known: cpu, cuda", device="tpu")
+
+
 def test_what_holds_no_weights_is_refused(target):
     refused(3, target, BadSettingError, "int holds no weights")
 
