@@ -1,6 +1,8 @@
 """What a model writes becomes HTML that does nothing, whatever it is, and still reads as Markdown."""
 
 import re
+import subprocess
+import sys
 from xml.etree import ElementTree
 
 import pytest
@@ -23,6 +25,21 @@ HOSTILE = {
     "comment": "<!-- --><!DOCTYPE x><?php ?>",
     "unclosed": "<b\n\n`<b\n\n$<b",
 }
+
+RACE = """
+import sys, threading
+from gemma_qat_kit.widgets.markdown import markdown_html
+sys.setswitchinterval(1e-6)
+text = "# T\\n\\n```python\\nprint(1)\\n```\\n\\n$\\\\frac{1}{2}$"
+start, drawn = threading.Barrier(4), []
+def draw():
+    start.wait()
+    drawn.append(markdown_html(text))
+threads = [threading.Thread(target=draw) for _ in range(4)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+assert len(drawn) == 4 and set(drawn) == {markdown_html(text)} and 'class="nb"' in drawn[0], drawn
+"""
 
 
 def _tags(html):
@@ -100,3 +117,7 @@ def test_a_block_without_end_is_not_drawn_again_and_again():
     html = StreamedMarkdown().html("# T\n\n" + "*a* " * 3000)
     assert html.startswith("<h1>T</h1>")
     assert "<em>" not in html
+
+
+def test_threads_that_draw_the_first_answer_together_all_find_what_they_need():
+    subprocess.run([sys.executable, "-c", RACE], check=True, timeout=60)

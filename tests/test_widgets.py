@@ -48,6 +48,21 @@ def test_work_that_fails_still_ends(monkeypatch):
     assert done.wait(5)
 
 
+def test_a_panel_that_could_not_be_redrawn_once_is_redrawn_and_says_so_in_the_log(caplog):
+    gate, seen = threading.Event(), []
+
+    def refresh():
+        seen.append(gate.is_set())
+        if len(seen) < 3:
+            raise ImportError("half a module")
+
+    pump.start(gate.wait, refresh)
+    wait_for(lambda: len(seen) > 3)
+    gate.set()
+    wait_for(lambda: seen[-1])
+    assert [record.exc_info[0] for record in caplog.records] == [ImportError]
+
+
 def test_a_waiting_cell_shows_the_last_state():
     seen, done = [], threading.Event()
     done.set()

@@ -4,6 +4,7 @@ markdown-it-py reads CommonMark and tables with HTML switched off, so that every
 """
 
 import re
+import threading
 import urllib.parse
 from functools import lru_cache
 
@@ -15,6 +16,9 @@ _LONGEST_CODE = 20_000  # characters that are coloured
 _LONGEST_BLOCK = 8_000  # characters that are drawn again with each new word
 _MATHS = (("$$", "$$", True), ("\\[", "\\]", True), ("\\(", "\\)", False), ("$", "$", False))  # open, close, display
 _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
+# The thread of an answer and the page's loop both draw. pygments puts another module in its own place while it is
+# imported, so the second thread to import it found nothing there; lexers and the parser's rules are made at first use.
+_one_at_a_time = threading.Lock()
 
 
 def markdown_html(text: str) -> str:
@@ -26,7 +30,9 @@ def markdown_html(text: str) -> str:
     text = visible(text)
     if len(text) > LONGEST_MARKDOWN:
         return f'<pre class="gqk-plain">{escape(text)}</pre>'
-    return _parser().render(text)
+    with _one_at_a_time:
+        parser = _parser()
+    return parser.render(text)
 
 
 class StreamedMarkdown:
@@ -79,6 +85,7 @@ def _parser():
     parser.add_render_rule("maths", lambda self, tokens, i, options, env: _maths(tokens[i]))
     parser.add_render_rule("image", _no_image)
     parser.add_render_rule("link_open", _link)
+    parser.render("its rules are in order from here on")
     return parser
 
 
@@ -142,12 +149,13 @@ def _highlighted(code: str, language: str, attributes: str) -> str:
     """Return code with its words coloured, or an empty text to leave it as it is."""
     if not language or len(code) > _LONGEST_CODE:
         return ""
-    from pygments import highlight
-    from pygments.formatters import HtmlFormatter
-    from pygments.lexers import get_lexer_by_name
-    from pygments.util import ClassNotFound
+    with _one_at_a_time:
+        from pygments import highlight
+        from pygments.formatters import HtmlFormatter
+        from pygments.lexers import get_lexer_by_name
+        from pygments.util import ClassNotFound
 
-    try:
-        return highlight(code, get_lexer_by_name(language), HtmlFormatter(nowrap=True))
-    except ClassNotFound:
-        return ""
+        try:
+            return highlight(code, get_lexer_by_name(language), HtmlFormatter(nowrap=True))
+        except ClassNotFound:
+            return ""

@@ -6,11 +6,14 @@ there a plain thread does the updates.
 """
 
 import asyncio
+import logging
 import sys
 import threading
 from collections.abc import Callable
 
 INTERVAL_SECONDS = 0.1
+
+_log = logging.getLogger(__name__)
 
 
 def start(work: Callable[[], None], refresh: Callable[[], None]) -> threading.Event:
@@ -18,12 +21,13 @@ def start(work: Callable[[], None], refresh: Callable[[], None]) -> threading.Ev
 
     Args:
         work: The long job; keeps its own errors.
-        refresh: Shows the state that `work` changes; quick, and safe to call at any time.
+        refresh: Shows the state that `work` changes; quick, and safe to call at any time. What it raises is logged
+            once and the next call is made all the same: a panel that stood still would seem to work for ever.
 
     Returns:
         An event that is set when `work` is over (the last `refresh` may still be to come).
     """
-    done = threading.Event()
+    done, refresh = threading.Event(), _lasting(refresh)
 
     def run() -> None:
         try:
@@ -71,3 +75,19 @@ async def _refresh_on_loop(done: threading.Event, refresh: Callable[[], None]) -
         refresh()
         await asyncio.sleep(INTERVAL_SECONDS)
     refresh()
+
+
+def _lasting(refresh: Callable[[], None]) -> Callable[[], None]:
+    """Return `refresh` as a call that outlives its errors; the first of them is logged."""
+    has_failed = False
+
+    def attempt() -> None:
+        nonlocal has_failed
+        try:
+            refresh()
+        except Exception:
+            if not has_failed:
+                _log.exception("A panel could not be redrawn; the work behind it goes on.")
+            has_failed = True
+
+    return attempt
