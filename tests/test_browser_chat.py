@@ -19,7 +19,8 @@ import sys; sys.path.insert(0, {str(ROOT / "tests")!r})
 from stand_ins import StandIn
 from gemma_qat_kit.generation import Delta
 sea = ("once ", "more ", "the *sea* ") * 40
-story = (Delta.thought("A story."), "# The sea\\n\\n", *sea, "\\n\\n```python\\nprint(1)\\n```")
+code = "def double(x):  # twice\\n    return {{'x': x * 2.5 + 1, 'is_known': True}}\\n\\nprint(1)"
+story = (Delta.thought("A story."), "# The sea\\n\\n", *sea, "\\n\\n```python\\n" + code + "\\n```")
 model, other = StandIn("first", story, delay=0.02), StandIn("second", ("Paris.",), delay=0.02)
 panel = widgets.ChatPanel([model, other])
 panel
@@ -179,7 +180,12 @@ def test_the_pictures_of_the_readme_can_be_drawn_again(page, tmp_path):
 
 
 def test_the_panels_read_well_in_the_dark_and_on_a_phone(page, tmp_path):
+    first = page.locator(".gqk-chat").first
+    first.get_by_label("Previous version").first.click()
+    first.locator("pre .k").first.wait_for()  # code in all its colours
     photograph(page, ("chat", "compare"), tmp_path)
+    first.get_by_label("Next version").first.click()
+    first.locator(".gqk-turn-user", has_text="capital of France").wait_for()
 
 
 def test_the_keyboard_is_enough(page, panel):

@@ -86,7 +86,8 @@ def _turn_html(item: dict) -> str:
     """Draw one turn, the thoughts folded away."""
     place = item.get("place", [])
     version = f" ({place.index(item['number']) + 1} of {len(place)})" if len(place) > 1 else ""
-    folded = f"<details><summary>Thoughts</summary>{item['thoughts']}</details>" if item["thoughts"] else ""
+    inner = f"<summary>Thoughts</summary>{item['thoughts']}"
+    folded = f'<details aria-label="Thoughts">{inner}</details>' if item["thoughts"] else ""
     note = f"<footer>{escape(item['note'])}</footer>" if item.get("note") else ""
     return (
         f'<article class="gqk-turn gqk-turn-{item.get("role", "assistant")}"><span class="gqk-who">'

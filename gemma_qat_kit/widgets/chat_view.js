@@ -128,7 +128,7 @@ function render({ model, el }) {
   }
 
   function thoughts(html, open) {
-    const made = element("details", { open }, element("summary", { text: "Thoughts" }));
+    const made = element("details", { open, "aria-label": "Thoughts" }, element("summary", { text: "Thoughts" }));
     const inner = element("div");
     inner.innerHTML = html;
     made.append(inner);
