@@ -98,6 +98,33 @@ def test_another_answer_and_an_edited_question_stand_beside_what_was_there(plain
     assert "1 of 2" in _shown(panel) if plain else panel._view.items[1]["place"] == [1, 2]
 
 
+def test_while_an_answer_comes_only_its_question_stands_below_what_was_there():
+    panel, drawn = ChatPanel(StandIn(answer=("word ",) * 20, delay=0.005)), []
+    _ask(panel, "One?")
+    draw = panel._view.draw
+    panel._view.draw = lambda items, live, **more: drawn.append([(i["text"], i["is_last"]) for i in items]) or draw(
+        items, live, **more)  # fmt: skip
+    whole = panel._session.run
+
+    def run():  # pictures of every moment, also of those between the end and the thread's
+        whole()
+        panel._show()
+
+    panel._session.run = run
+    _ask(panel, "Two?")
+    said = "word " * 20
+    before, after = [("One?", False), (said, True), ("Two?", False)], [("One?", False), (said, False), ("Two?", False)]
+    assert all(items in (before, after) for items in drawn[:-1])
+    assert drawn[-1] == [*after, (said, True)]
+
+
+def test_a_question_in_place_of_one_that_is_not_there_is_refused_and_the_next_is_answered():
+    panel = ChatPanel(StandIn())
+    with pytest.raises(BadSettingError, match="There are no turns yet"):
+        panel.ask("One?", instead_of=3)
+    _ask(panel, "One?")
+
+
 @pytest.mark.parametrize("content", [{}, {"do": "show", "number": 99}, {"do": "show"}, {"do": "ask", "text": 3},
                                      {"do": "ask", "text": "x", "instead_of": "y"}, {"do": "no"}])  # fmt: skip
 def test_a_page_that_sends_nonsense_does_no_harm(content):

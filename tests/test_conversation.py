@@ -62,6 +62,8 @@ def test_versions_stand_beside_each_other_and_branches_come_back_whole():
 def test_a_turn_that_is_not_there_cannot_be_shown(number):
     with pytest.raises(BadSettingError, match="There is no turn"):
         _talked("a").show(number)
+    with pytest.raises(BadSettingError, match="There is no turn"):
+        _talked("a").ask(StandIn(), "b", instead_of=-1 if number is None else number)
 
 
 @pytest.mark.parametrize("question", ["", "  ", None])

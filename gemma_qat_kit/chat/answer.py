@@ -17,14 +17,11 @@ class Answer:
         model: What answers, for the record.
         settings: Those of `Model.stream`.
         fit: What of the conversation the model reads.
-
-    Attributes:
-        is_kept: Whether the conversation has it.
     """
 
     def __init__(self, conversation, stream: Stream, question, model: str, settings: dict, fit: Fit):
         self._conversation, self._stream, self._question = conversation, stream, question
-        self._model, self._settings, self.fit, self.is_kept = model, settings, fit, False
+        self._model, self._settings, self.fit, self._is_kept = model, settings, fit, False
 
     def __iter__(self) -> "Answer":
         return self
@@ -54,9 +51,9 @@ class Answer:
     def _keep(self) -> None:
         reply = self.reply
         calls = [call_message(call) | {"unread": call.text} for call in reply.tool_calls]
-        if self.is_kept or not (reply.text or reply.thoughts or calls):
+        if self._is_kept or not (reply.text or reply.thoughts or calls):
             return
-        self.is_kept = True
+        self._is_kept = True
         self._conversation.keep(
             self._question,
             content=reply.text,

@@ -91,19 +91,27 @@ class Conversation:
         parent = self.turns[number].parent
         return [turn.number for turn in self.turns if turn.parent == parent]
 
+    def turn(self, number: int) -> Turn:
+        """Return a turn.
+
+        Raises:
+            BadSettingError: There is none of that number.
+        """
+        if not (isinstance(number, int) and 0 <= number < len(self.turns)):
+            raise BadSettingError(
+                f"There is no turn {number!r:.50}.",
+                f"This conversation has turns 0 to {len(self.turns) - 1}." if self.turns else "There are no turns yet.",
+                "Pass one of them." if self.turns else "Ask something first.",
+            )
+        return self.turns[number]
+
     def show(self, number: int) -> None:
         """Show the branch of a turn, to the end of what was said last in it, in place.
 
         Raises:
             BadSettingError: There is no such turn.
         """
-        if not (isinstance(number, int) and 0 <= number < len(self.turns)):
-            raise BadSettingError(
-                f"There is no turn {number!r:.50}.",
-                f"This conversation has turns 0 to {len(self.turns) - 1}.",
-                "Pass one of them.",
-            )
-        self.tip = number
+        self.tip = self.turn(number).number
         while following := [turn.number for turn in self.turns if turn.parent == self.tip]:
             self.tip = following[-1]
 
@@ -144,11 +152,12 @@ class Conversation:
             settings: Those of `Model.stream`. Without a seed one is drawn and kept, so that the answer can be replayed.
 
         Raises:
-            BadSettingError: The question is empty, the prompt is longer than the context, or a setting is wrong.
+            BadSettingError: The question is empty, there is no turn `instead_of`, a setting is wrong, or the prompt is
+                longer than the context.
         """
         if not isinstance(question, str) or not question.strip():
             raise BadSettingError("There is no question to answer.", "It is some text.", "Write one and try again.")
-        before = self.tip if instead_of is None else self.turns[instead_of].parent
+        before = self.tip if instead_of is None else self.turn(instead_of).parent
         asked = Turn(-1, before, "user", question.strip(), as_attachments(attachments))
         return self._answer(model, [*self.path_to(before), asked], drop_oldest, settings)
 

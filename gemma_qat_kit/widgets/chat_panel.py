@@ -77,6 +77,9 @@ class ChatPanel(widgets.VBox):
             question: What to ask.
             attachments: Images and sounds to ask about, as parts of a message.
             instead_of: Number of an earlier question to ask it in place of, in a branch of its own.
+
+        Raises:
+            BadSettingError: There is no such turn.
         """
         if question.strip() and self._session.begin(question, attachments=attachments, instead_of=instead_of):
             self._start()
@@ -142,7 +145,7 @@ class ChatPanel(widgets.VBox):
         """Bring every control in line with the state; called from the kernel's loop or a callback."""
         session = self._session
         is_answering = session.is_answering
-        items = [self._placed(turn) for turn in session.shown]
+        items = [self._placed(turn) for turn in (session.standing if is_answering else self.conversation.path)]
         self._view.draw(items, self._live() if is_answering else {}, is_answering=is_answering,
                         can_attach=session.takes_attachments)  # fmt: skip
         self._settings.draw(is_answering)

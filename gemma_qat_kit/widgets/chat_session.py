@@ -49,6 +49,7 @@ class ChatSession:
         is_answering: Until it has ended.
         limit: How fast this machine could answer at most; None of a server.
         queue: Who else waits for the model, a `Queue`; None where nobody tells.
+        standing: The turns to show while it is coming; the last one is its question, whose number may be -1.
         lost_question: A question that got no answer, to be asked again.
     """
 
@@ -63,6 +64,7 @@ class ChatSession:
         self.answer: Answer | None = None
         self.error: Exception | None = None
         self.lost_question, self._asked = "", ("", (), None)
+        self.standing: list[Turn] = []
         self.is_answering = self._is_stopping = False
         self.num_used: int | None = None
         self.memory_bytes: int | None = None
@@ -77,16 +79,27 @@ class ChatSession:
             question: What to ask.
             attachments: Images and sounds to ask about.
             instead_of: Number of an earlier question that it is asked in place of.
+
+        Raises:
+            BadSettingError: There is no such turn.
         """
         with self._lock:
             if self.is_answering:
                 return False
+            self.standing = self._turns_before_the_answer(question, attachments, instead_of)
             self.is_answering, self._is_stopping = True, False
             self._ended.clear()
             self.answer = self.error = None
             self.lost_question = ""
             self._asked = (question, attachments, instead_of)
             return True
+
+    def _turns_before_the_answer(self, question: str, attachments: tuple, instead_of: int | None) -> list[Turn]:
+        path = self.conversation.path
+        if not question:
+            return path[:-1] if path and path[-1].role == "assistant" else path
+        tip = self.conversation.tip if instead_of is None else self.conversation.turn(instead_of).parent
+        return [*self.conversation.path_to(tip), Turn(-1, tip, "user", question.strip(), attachments)]
 
     def run(self) -> None:
         """Wait for the answer in this thread, after `begin`; errors are kept. `end` must follow."""
@@ -145,20 +158,6 @@ class ChatSession:
         return self.conversation.answer_again(self.model, **settings)
 
     @property
-    def shown(self) -> list[Turn]:
-        """The turns to show; while an answer is coming the last one is its question, whose number may be -1."""
-        if not self.is_answering:
-            return self.conversation.path
-        question, attachments, instead_of = self._asked
-        if not question:
-            path = self.conversation.path
-            return path[:-1] if path and path[-1].role == "assistant" else path
-        tip = self.conversation.tip if instead_of is None else self.conversation.turns[instead_of].parent
-        if self._is_kept():  # it ended a moment ago
-            return self.conversation.path[:-1]
-        return [*self.conversation.path_to(tip), Turn(-1, tip, "user", question.strip(), attachments)]
-
-    @property
     def takes_attachments(self) -> bool:
         """Whether the model can be shown images or sounds."""
         return bool(getattr(self.model.runner, "takes", ()))
@@ -167,9 +166,6 @@ class ChatSession:
     def cannot_think(self) -> bool:
         """Whether the model has no thinking mode."""
         return self.model.size == BUILT_IN_SIZE
-
-    def _is_kept(self) -> bool:
-        return self.answer is not None and self.answer.is_kept
 
     def stop(self) -> None:
         """Stop the answer that is coming, from any thread; what has been said stays."""
