@@ -1,7 +1,8 @@
-"""Images in llama.cpp: a real server with a projector beside a tiny GGUF, against transformers; what is refused."""
+"""Images and sound in llama.cpp: a real server with a projector beside a tiny GGUF, against transformers."""
 
 import dataclasses
 import io
+import wave
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from gemma_qat_kit.memory.plan import plan_memory
 
 WORDS = {"type": "text", "text": "the sky"}
 PATCH, POOLED = 16, 3
+NOISE = np.random.default_rng(1).uniform(-0.3, 0.3, 16000)
 
 
 def picture(seed=None, tokens=(7, 10)):
@@ -33,8 +35,25 @@ def picture(seed=None, tokens=(7, 10)):
     return file.getvalue()
 
 
+def sound(values):
+    """A recording of 16,000 values a second, from -1 to 1."""
+    file = io.BytesIO()
+    with wave.open(file, "wb") as wav:
+        wav.setparams((1, 2, 16000, 0, "NONE", ""))
+        wav.writeframes((values * 32767).astype("<i2").tobytes())
+    return file.getvalue()
+
+
+def tone(hertz, seconds):
+    return np.sin(2 * np.pi * hertz * np.arange(16000 * seconds) / 16000) / 2
+
+
 def asking(*pictures):
     return [{"role": "user", "content": [*map(image, pictures), WORDS]}]
+
+
+def asking_of(recorded):
+    return [{"role": "user", "content": [WORDS, audio(sound(recorded))]}]
 
 
 @pytest.fixture(scope="module")
@@ -76,23 +95,50 @@ def test_the_projectors_memory_is_measured_as_vision(seeing, gguf):
     assert seeing.memory().parts["vision"] >= weights
 
 
-def test_llama_cpp_sees_what_transformers_sees(tiny, tmp_path, monkeypatch):
-    """Of every picture, what the two say next is most alike; text in float32, so that rounding hides nothing."""
-    all_of = testing.gguf_tensors
-    exact = lambda config: [dataclasses.replace(tensor, dtype="F32") for tensor in all_of(config)]  # noqa: E731
-    monkeypatch.setattr(testing, "gguf_tensors", exact)
-    path = testing.write_tiny_checkpoint(tmp_path, "E2B", "q4_0")
-    write_projector(tmp_path / "mmproj.gguf")
-    pictures = [picture(), picture(0), picture(1)]
-    with gqk.load(path, text_only=False, context_length=256) as model:
-        ours = [next_words(model, asking(data)) for data in pictures]
+@pytest.fixture(scope="module")
+def exact(tmp_path_factory):
+    """A tiny E2B whose text is in float32, so that rounding hides nothing, with a projector that sees and hears."""
+    folder, all_of = tmp_path_factory.mktemp("exact"), testing.gguf_tensors
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(testing, "gguf_tensors", lambda c: [dataclasses.replace(t, dtype="F32") for t in all_of(c)])
+        path = testing.write_tiny_checkpoint(folder, "E2B", "q4_0")
+    write_projector(folder / "mmproj.gguf", hears=True)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("asked", "margin"),
+    [
+        ([asking(picture(seed)) for seed in (None, 0, 1)], 0.05),
+        ([asking_of(values) for values in (tone(500, 1), tone(200, 2), NOISE)], 0.01),
+    ],
+    ids=["sees", "hears"],
+)
+def test_llama_cpp_takes_in_what_transformers_does(exact, tiny, asked, margin):
+    """Of every picture and sound, what the two say next is most alike, and its prompt has as many tokens."""
+    with gqk.load(exact, text_only=False, context_length=256) as model:
+        assert model.takes == ("image", "audio")
+        ours, counts = [next_words(model, each) for each in asked], list(map(model.num_tokens, asked))
     with gqk.load(tiny("E2B", "bf16"), text_only=False, context_length=256) as model, torch.no_grad():
-        assert model.num_tokens(asking(picture())) == 7 * 10 + 2 + model.num_tokens("the sky")
-        theirs = [model.runner.model(**encoded(model, asking(data))).logits[0, -1].float() for data in pictures]
+        assert list(map(model.num_tokens, asked)) == counts
+        theirs = [model.runner.model(**encoded(model, each)).logits[0, -1].float() for each in asked]
         theirs = [torch.log_softmax(logits, 0).numpy() for logits in theirs]
     alike = np.corrcoef(ours, theirs)[:3, 3:]
     others = alike[~np.eye(3, dtype=bool)]
-    assert alike.diagonal().min() > 0.7 > others.max() + 0.05
+    assert alike.diagonal().min() > max(0.7, others.max() + margin)
+
+
+def test_a_sound_is_heard_and_another_is_answered_otherwise(exact):
+    with gqk.load(exact, text_only=False, context_length=256) as model:
+        replies = [
+            model.chat(asking_of(v), max_new_tokens=4, temperature=0) for v in (tone(500, 1), NOISE, tone(500, 1))
+        ]
+        assert replies[0].text == replies[2].text != replies[1].text
+        added = replies[0].prompt_tokens - model.chat("the sky", max_new_tokens=1).prompt_tokens
+        assert added == 25 + 2  # a token for 40 ms, with the marks of its start and end
+        parts = model.memory().parts
+        sizes = {t.name: t.nbytes for t in read_gguf_header(exact.with_name("mmproj.gguf")).tensors}
+        assert parts["audio"] == sum(size for name, size in sizes.items() if name.startswith(("a.", "mm.a.")))
 
 
 def next_words(model, conversation):
