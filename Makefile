@@ -7,7 +7,7 @@ JUPYTER_ARGS ?=
 OPENED = --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/$(NOTEBOOK)
 AS_ROOT = $(if $(filter 0,$(shell id -u)),--allow-root)
 LOADERS = test_load test_load_refusals test_load_chat test_engine_parts test_per_layer_table test_packed
-ON_COLAB = test_widgets test_picker test_chat_panel test_bit_explorer test_quantize_panel test_memory_panel \
+ON_COLAB = test_widgets test_picker test_chat_panel test_chat_session test_bit_explorer test_quantize_panel test_memory_panel \
 	test_memory_chart test_out_of_memory_panel test_training_panel test_finetune_panel test_set_up_cell test_notebooks
 # An activated environment would come before the overlays: IPython 7 puts it first on the path.
 unexport VIRTUAL_ENV

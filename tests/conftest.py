@@ -4,6 +4,7 @@ import functools
 import os
 import signal
 import tempfile
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 
 import pytest
@@ -18,6 +19,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 _home = f"gemma_qat_kit-tests-{os.getuid()}-{os.environ.get('PYTEST_XDIST_WORKER', 'alone')}"
 os.environ["GQK_RECEIPTS"] = "off"
 os.environ["GEMMA_QAT_KIT_HOME"] = os.path.join(tempfile.gettempdir(), _home)
+with suppress(OSError):  # an earlier run that was killed is none of this one's: its note would be a warning here
+    for note in os.scandir(os.environ["GEMMA_QAT_KIT_HOME"]):
+        if note.is_file():
+            os.remove(note)
 
 SHOWN = ("torch", "transformers", "huggingface_hub", "tokenizers", "xllamacpp", "numpy", "ipywidgets", "ipykernel")
 

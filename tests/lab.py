@@ -17,6 +17,7 @@ import accessible
 ROOT = Path(__file__).parent.parent
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 CHROMIUM_ARGUMENTS = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+STDERR = ".jp-Notebook [data-mime-type='application/vnd.jupyter.stderr']"
 # Chromium's own wishes that a page has no part in; a script that fails is still an error.
 HARMLESS = ("favicon", "ResizeObserver loop")
 

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from lab import CHROMIUM, ROOT, notebook_page, photograph, run_cells
+from lab import CHROMIUM, ROOT, STDERR, notebook_page, photograph, run_cells
 from PIL import Image
 
 from gemma_qat_kit.memory.plan import plan_memory
@@ -48,7 +48,7 @@ def _pick(page, size, format):
 
 
 def test_every_cell_ran_and_the_first_answer_is_about_the_sky(page):
-    assert page.locator(".jp-Notebook [data-mime-type='application/vnd.jupyter.stderr']").count() == 0
+    assert page.locator(STDERR).all_text_contents() == []
     answer = page.locator(".jp-Cell:has-text('model.stream(QUESTION') .jp-OutputArea-output").last.text_content()
     assert re.search(r"light|scatter|atmosphere", answer)
     assert "smollm2-135m q4_1 is loaded" in page.locator(".gqk-picker-status").text_content()

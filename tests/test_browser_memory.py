@@ -5,7 +5,7 @@ import statistics
 from pathlib import Path
 
 import pytest
-from lab import CHROMIUM, ROOT, notebook_page, photograph, run_cells, run_code
+from lab import CHROMIUM, ROOT, STDERR, notebook_page, photograph, run_cells, run_code
 
 pytestmark = [
     pytest.mark.browser,
@@ -91,7 +91,7 @@ def panel(page):
 
 
 def test_the_notebook_runs_to_its_end(page):
-    assert page.locator(".jp-Notebook [data-mime-type='application/vnd.jupyter.stderr']").count() == 0
+    assert page.locator(STDERR).all_text_contents() == []
     notebook = page.locator(".jp-Notebook")
     notebook.locator(".gqk-memory-chart svg :text('loaded')").wait_for()
     notebook.locator(".gqk-memory-compared :text('smollm2-135m q4_1, loaded here')").wait_for()

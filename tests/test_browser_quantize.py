@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from built_in_network import FEWER_TOKENS
-from lab import CHROMIUM, ROOT, notebook_page, photograph, run_cells, run_code
+from lab import CHROMIUM, ROOT, STDERR, notebook_page, photograph, run_cells, run_code
 
 pytestmark = [
     pytest.mark.browser,
@@ -225,7 +225,7 @@ def test_run_again_measures_what_is_missing_alone(panel):
 def test_the_cells_below_run_too(page, panel):
     run_code(page, FEWER_TOKENS)
     run_cells(page, "all-below", MEASURING)
-    assert page.locator(".jp-Notebook [data-mime-type='application/vnd.jupyter.stderr']").count() == 0
+    assert page.locator(STDERR).all_text_contents() == []
     assert page.locator(".jp-OutputArea-output .gqk-panel tbody tr", has_text="unquantized").count() == 2
     assert page.locator(".js-plotly-plot .scatterlayer .trace").count() == 3
     answer = page.locator(".jp-Cell:has-text('exported.stream(QUESTION') .jp-OutputArea-output").last.inner_text()

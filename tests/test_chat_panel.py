@@ -8,29 +8,27 @@ from types import SimpleNamespace
 import pytest
 from stand_ins import StandIn, click, wait_for
 
-import gemma_qat_kit as gqk
-from gemma_qat_kit.engines.server_queue import Queue
-from gemma_qat_kit.errors import BadSettingError, BrokenCheckpointError
+from gemma_qat_kit.errors import BrokenCheckpointError
 from gemma_qat_kit.generation import Delta, Reply
 from gemma_qat_kit.speed import SpeedLimit
 from gemma_qat_kit.widgets import ChatPanel
-from gemma_qat_kit.widgets.chat_figures import meter_html, speed_words
+from gemma_qat_kit.widgets.chat_figures import speed_words
 
 PNG = b"\x89PNG\r\n\x1a\n" + b"\x00\x00\x00\rIHDR" + (1).to_bytes(4, "big") * 2 + b"\x08\x06\x00\x00\x00"
 
 
-def _is_idle(panel):
+def is_idle(panel):
     return not panel._session.is_answering and "Answering" not in panel._status.value
 
 
-def _ask(panel, question, **more):
+def ask(panel, question, **more):
     """Ask as a page does, and wait until the answer is shown."""
     count = len(panel.conversation.turns)
     panel._view._act({"do": "ask", "text": question, "files": [], "instead_of": None} | more)
     wait_for(lambda: len(panel.conversation.turns) > count and "the first after" in panel._status.value)
 
 
-def _shown(panel):
+def shown(panel):
     """What stands in the transcript: HTML."""
     view = panel._view
     return view._turns.value if hasattr(view, "_turns") else json.dumps([*view.items, view.live], ensure_ascii=False)
@@ -43,36 +41,36 @@ def plain(request):
 
 def test_a_question_gets_its_answer_and_the_measured_speed(plain):
     panel = ChatPanel(StandIn(), plain=plain)
-    _ask(panel, " Why is the sky blue? ")
+    ask(panel, " Why is the sky blue? ")
     assert panel.messages == [
         {"role": "user", "content": "Why is the sky blue?"},
         {"role": "assistant", "content": "Light scatters."},
     ]
     wait_for(lambda: "2 tokens at " in panel._status.value)
     assert "the model holds 256 MiB." in panel._status.value
-    assert "Why is the sky blue?" in _shown(panel)
-    assert "Light scatters." in _shown(panel)
+    assert "Why is the sky blue?" in shown(panel)
+    assert "Light scatters." in shown(panel)
     assert "Context: 7 of 4,096 tokens" in panel._meter.value
 
 
 def test_the_next_question_carries_the_conversation_without_thoughts(plain):
     model = StandIn(answer=(Delta.thought("Hm."), "Paris."))
     panel = ChatPanel(model, plain=plain)
-    _ask(panel, "Capital of France?")
-    assert "Hm." in _shown(panel)
-    _ask(panel, "And of Italy?")
+    ask(panel, "Capital of France?")
+    assert "Hm." in shown(panel)
+    ask(panel, "And of Italy?")
     assert [message["content"] for message in model.asked[1]] == ["Capital of France?", "Paris.", "And of Italy?"]
 
 
 def test_the_answer_is_shown_while_it_comes_and_stop_keeps_what_was_said(plain):
     panel = ChatPanel(StandIn(answer=("word ",) * 1000, delay=0.02), plain=plain)
     panel.ask("Talk.")
-    wait_for(lambda: "word" in _shown(panel))
+    wait_for(lambda: "word" in shown(panel))
     assert "Answering: " in panel._status.value
     panel._view._act({"do": "stop"})
     wait_for(lambda: "Stopped." in panel._status.value)
     assert panel.messages[-1]["content"].startswith("word")
-    assert "Stopped." in _shown(panel)
+    assert "Stopped." in shown(panel)
 
 
 def test_stop_before_the_first_word_gives_the_question_back(plain):
@@ -87,42 +85,15 @@ def test_stop_before_the_first_word_gives_the_question_back(plain):
 def test_another_answer_and_an_edited_question_stand_beside_what_was_there(plain):
     model = StandIn()
     panel = ChatPanel(model, seed=5, plain=plain)
-    _ask(panel, "One?")
+    ask(panel, "One?")
     panel._view._act({"do": "again"})
-    wait_for(lambda: len(panel.conversation.turns) == 3 and _is_idle(panel))
+    wait_for(lambda: len(panel.conversation.turns) == 3 and is_idle(panel))
     assert [settings["seed"] for settings in model.settings] == [5, 6]
-    _ask(panel, "Two?", instead_of=0)
+    ask(panel, "Two?", instead_of=0)
     assert [turn.content for turn in panel.conversation.path] == ["Two?", "Light scatters."]
     panel._view._act({"do": "show", "number": 1})
     assert [turn.number for turn in panel.conversation.path] == [0, 1]
-    assert "1 of 2" in _shown(panel) if plain else panel._view.items[1]["place"] == [1, 2]
-
-
-def test_while_an_answer_comes_only_its_question_stands_below_what_was_there():
-    panel, drawn = ChatPanel(StandIn(answer=("word ",) * 20, delay=0.005)), []
-    _ask(panel, "One?")
-    draw = panel._view.draw
-    panel._view.draw = lambda items, live, **more: drawn.append([(i["text"], i["is_last"]) for i in items]) or draw(
-        items, live, **more)  # fmt: skip
-    whole = panel._session.run
-
-    def run():  # pictures of every moment, also of those between the end and the thread's
-        whole()
-        panel._show()
-
-    panel._session.run = run
-    _ask(panel, "Two?")
-    said = "word " * 20
-    before, after = [("One?", False), (said, True), ("Two?", False)], [("One?", False), (said, False), ("Two?", False)]
-    assert all(items in (before, after) for items in drawn[:-1])
-    assert drawn[-1] == [*after, (said, True)]
-
-
-def test_a_question_in_place_of_one_that_is_not_there_is_refused_and_the_next_is_answered():
-    panel = ChatPanel(StandIn())
-    with pytest.raises(BadSettingError, match="There are no turns yet"):
-        panel.ask("One?", instead_of=3)
-    _ask(panel, "One?")
+    assert "1 of 2" in shown(panel) if plain else panel._view.items[1]["place"] == [1, 2]
 
 
 @pytest.mark.parametrize("content", [{}, {"do": "show", "number": 99}, {"do": "show"}, {"do": "ask", "text": 3},
@@ -130,8 +101,8 @@ def test_a_question_in_place_of_one_that_is_not_there_is_refused_and_the_next_is
 def test_a_page_that_sends_nonsense_does_no_harm(content):
     panel = ChatPanel(StandIn())
     panel._view._take(content)
-    wait_for(lambda: _is_idle(panel))
-    _ask(panel, "Hello?")
+    wait_for(lambda: is_idle(panel))
+    ask(panel, "Hello?")
 
 
 def test_a_picture_goes_to_the_model_and_into_the_conversation():
@@ -140,9 +111,9 @@ def test_a_picture_goes_to_the_model_and_into_the_conversation():
     panel = ChatPanel(model)
     assert panel._view.can_attach
     file = {"name": "a.png", "type": "image/png", "data": base64.b64encode(PNG).decode()}
-    _ask(panel, "What is this?", files=[file])
+    ask(panel, "What is this?", files=[file])
     assert model.asked[0][0]["content"][0]["data"] == PNG
-    assert "data:image/png;base64,iVBORw0KGgo" in _shown(panel)
+    assert "data:image/png;base64,iVBORw0KGgo" in shown(panel)
     panel._view._act({"do": "ask", "text": "And this?", "files": [file | {"data": "PHN2Zz4="}], "instead_of": None})
     assert "is not a PNG" in panel._status.value
     assert panel._view.draft["text"] == "And this?"
@@ -151,11 +122,11 @@ def test_a_picture_goes_to_the_model_and_into_the_conversation():
 def test_what_the_model_writes_does_nothing_in_the_page(plain):
     model = StandIn(name="<b>m</b>", answer=(Delta.thought("<i>"), "<img src=x onerror=alert(1)>", "\u202e"))
     panel = ChatPanel(model, plain=plain)
-    _ask(panel, "<script>alert(2)</script>")
-    drawn = [_shown(panel)] if plain else [item["html"] + item["thoughts"] for item in panel._view.items]
-    shown = "".join(drawn) + panel._status.value
-    assert not any(sign in shown for sign in ("<img", "<script", "<i>", "\u202e"))
-    assert "<b>" not in panel._status.value + (shown if plain else "")
+    ask(panel, "<script>alert(2)</script>")
+    drawn = [shown(panel)] if plain else [item["html"] + item["thoughts"] for item in panel._view.items]
+    seen = "".join(drawn) + panel._status.value
+    assert not any(sign in seen for sign in ("<img", "<script", "<i>", "\u202e"))
+    assert "<b>" not in panel._status.value + (seen if plain else "")
 
 
 def test_an_error_while_answering_shows_in_the_panel_and_the_next_question_works(plain):
@@ -165,32 +136,8 @@ def test_an_error_while_answering_shows_in_the_panel_and_the_next_question_works
     wait_for(lambda: "<p>Load it again.</p>" in panel._status.value)
     assert panel.messages == []
     model.answer = ("Hello.",)
-    _ask(panel, "Hello?")
+    ask(panel, "Hello?")
     assert len(panel.messages) == 2
-
-
-def test_stop_does_not_wait_for_a_measurement(monkeypatch):
-    measured = []
-    monkeypatch.setattr("gemma_qat_kit.widgets.chat_session.speed_limit", lambda *_, **__: measured.append(1))
-    panel = ChatPanel(StandIn(answer=("word ",) * 1000, delay=0.02))
-    panel.ask("Talk.")
-    wait_for(lambda: "word" in _shown(panel))
-    panel.stop()
-    wait_for(lambda: "Stopped." in panel._status.value)
-    assert measured == []
-    panel._session.model.answer = ("word",)
-    _ask(panel, "Again.")
-    assert measured == [1]
-
-
-def test_who_else_waits_is_said_until_the_first_word():
-    model = StandIn(delay=5)
-    model.queue = lambda: Queue(busy=2, waiting=3, places=2)
-    panel = ChatPanel(model)
-    panel.ask("Hello?")
-    wait_for(lambda: "Waiting for a place: 2 of 2 places busy, 3 waiting." in panel._status.value)
-    panel.stop()
-    wait_for(lambda: "Stopped." in panel._status.value)
 
 
 def test_an_empty_message_or_one_while_answering_is_not_sent(plain):
@@ -201,7 +148,7 @@ def test_an_empty_message_or_one_while_answering_is_not_sent(plain):
     panel.ask("First.")
     panel.ask("Second.")
     panel.stop()
-    wait_for(lambda: _is_idle(panel))
+    wait_for(lambda: is_idle(panel))
     assert len(model.asked) == 1
 
 
@@ -227,7 +174,7 @@ def test_settings_hold_from_the_next_answer_on_and_a_wrong_one_is_said():
     settings._fields["seed"].value = "9"
     settings._thinking.value = True
     settings._system.value = "Be brief."
-    _ask(panel, "Hello?")
+    ask(panel, "Hello?")
     assert model.settings[0] | {"temperature": 0, "seed": 9, "thinking": True} == model.settings[0]
     assert model.asked[0][0] == {"role": "system", "content": "Be brief."}
     settings._fields["top_k"].value = "many"
@@ -236,62 +183,15 @@ def test_settings_hold_from_the_next_answer_on_and_a_wrong_one_is_said():
     assert panel._session.choice.seed is None
 
 
-def test_a_cell_that_is_run_again_goes_on_with_its_conversation_even_while_it_answers():
-    model = StandIn(answer=("word ",) * 50, delay=0.02)
-    panel = ChatPanel(model)
-    panel.ask("Talk.")
-    wait_for(lambda: "word" in _shown(panel))
-    again = ChatPanel(model)
-    assert again.conversation is panel.conversation
-    wait_for(lambda: "word" in _shown(again))
-    again.stop()
-    wait_for(lambda: "Stopped." in again._status.value)
-    assert len(again.messages) == 2
-    assert ChatPanel(model, gqk.Conversation()).messages == []
-
-
-def test_a_conversation_in_a_file_survives_the_kernel(tmp_path):
-    path = tmp_path / "talk.json"
-    panel = ChatPanel(StandIn(), path)
-    _ask(panel, "Hello?")
-    wait_for(path.exists)
-    assert ChatPanel(StandIn(), path).messages == panel.messages
-    click(panel._settings._new)
-    assert panel.messages == []
-    assert [file.name for file in sorted(tmp_path.iterdir())] == ["talk-1.json", "talk.json"]
-
-
 def test_save_writes_three_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     panel = ChatPanel(StandIn())
     click(panel._settings._save)
     assert "nothing to save" in panel._status.value
-    _ask(panel, "Hello?")
+    ask(panel, "Hello?")
     click(panel._settings._save)
     assert "Saved as chats/chat-1.json" in panel._status.value
     assert sorted(file.suffix for file in (tmp_path / "chats").iterdir()) == [".json", ".jsonl", ".md"]
-
-
-def test_another_model_answers_next():
-    first, second = StandIn("first"), StandIn("second", ("Hello.",))
-    panel = ChatPanel([first, second])
-    panel._settings._models.value = "second"
-    _ask(panel, "Hello?")
-    assert (first.asked, panel.conversation.path[-1].model) == ([], "second")
-    with pytest.raises(BadSettingError, match="none of this panel's models"):
-        panel._session.choose_model("third")
-    with pytest.raises(BadSettingError, match="There is no model"):
-        ChatPanel([])
-
-
-def test_the_answer_says_what_had_no_room():
-    panel = ChatPanel(StandIn(context_length=20), max_new_tokens=4)
-    for _ in range(4):
-        _ask(panel, "one two three four five")
-        wait_for(lambda: _is_idle(panel))
-    assert "the oldest 2 messages left out." in _shown(panel)
-    assert "; when it is full" not in panel._meter.value
-    assert "; when it is full, the oldest messages are left out" in meter_html(80, 100)
 
 
 def test_every_control_has_a_name_for_screen_readers():
