@@ -15,8 +15,12 @@ def test_while_an_answer_comes_only_its_question_stands_below_what_was_there():
     panel, drawn = ChatPanel(StandIn(answer=("word ",) * 20, delay=0.005)), []
     ask(panel, "One?")
     draw = panel._view.draw
-    panel._view.draw = lambda items, live, **more: drawn.append([(i["text"], i["is_last"]) for i in items]) or draw(
-        items, live, **more)  # fmt: skip
+
+    def recorded(items, live, *, is_answering, **more):
+        drawn.append((is_answering, [(item["text"], item["is_last"]) for item in items]))
+        draw(items, live, is_answering=is_answering, **more)
+
+    panel._view.draw = recorded
     whole = panel._session.run
 
     def run():  # pictures of every moment, also of those between the end and the thread's
@@ -27,8 +31,9 @@ def test_while_an_answer_comes_only_its_question_stands_below_what_was_there():
     ask(panel, "Two?")
     said = "word " * 20
     before, after = [("One?", False), (said, True), ("Two?", False)], [("One?", False), (said, False), ("Two?", False)]
-    assert all(items in (before, after) for items in drawn[:-1])
-    assert drawn[-1] == [*after, (said, True)]
+    assert {True, False} == {is_answering for is_answering, _ in drawn}
+    assert all(items in (before, after) for is_answering, items in drawn if is_answering)
+    assert drawn[-1] == (False, [*after, (said, True)])
 
 
 def test_a_question_in_place_of_one_that_is_not_there_is_refused_and_the_next_is_answered():
